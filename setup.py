@@ -1,0 +1,17 @@
+"Author, licence, keywords, requirements and commands come from settings.ini; everything else from pyproject.toml."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+config = ConfigParser(delimiters=['='], interpolation=None)
+config.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+def lines(key): return [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
+
+setup(author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].split(),
+      classifiers=lines('classifiers'),
+      install_requires=lines('requirements'),
+      extras_require={'dev': lines('dev_requirements')},
+      entry_points={'console_scripts': lines('console_scripts')})
