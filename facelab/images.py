@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['REASONS', 'BadImage', 'upright', 'show_faces', 'eight_bit', 'on_white', 'to_rgb', 'array_to_pil', 'load_image']
 
-# %% ../nbs/00_images.ipynb #98acb969
+# %% ../nbs/00_images.ipynb #5e3127ca
 import io, os, stat, textwrap, threading
 from contextlib import contextmanager
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageFile
 
 # %% ../nbs/00_images.ipynb #21b5a53f
 REASONS = {
@@ -185,7 +185,22 @@ def _decode(im, source, max_pixels, min_side):
     out.info = {}
     return out
 
-# %% ../nbs/00_images.ipynb #2c0d5305
+# %% ../nbs/00_images.ipynb #1fe8ce2a
+_strict = dict(readers=0, before=False)
+
+@contextmanager
+def _whole_files():
+    "While this is open, a file that is cut short is an error, whatever others asked Pillow for"
+    with _lock:
+        if not _strict['readers']: _strict['before'], ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _strict['readers'] += 1
+    try: yield
+    finally:
+        with _lock:
+            _strict['readers'] -= 1
+            if not _strict['readers']: ImageFile.LOAD_TRUNCATED_IMAGES = _strict['before']
+
+# %% ../nbs/00_images.ipynb #a4145aeb
 def load_image(
     src, # path, bytes, binary file, PIL image, or array (uint8, or floats in 0..1)
     max_pixels=50_000_000, # pictures with more pixels are refused before they are decoded
@@ -194,5 +209,6 @@ def load_image(
     "Any picture as upright RGB (of an animation, the first frame); `BadImage` with a reason if it cannot be had"
     if isinstance(src, np.ndarray): src, source = array_to_pil(src), f'array {src.dtype} {src.shape}'
     else: source = f'picture of mode {getattr(src, "mode", "")}'
-    if isinstance(src, Image.Image): return _decode(src, source, max_pixels, min_side)
-    with _binary(src) as (f, source): return _decode(_header(f, source), source, max_pixels, min_side)
+    with _whole_files():
+        if isinstance(src, Image.Image): return _decode(src, source, max_pixels, min_side)
+        with _binary(src) as (f, source): return _decode(_header(f, source), source, max_pixels, min_side)
