@@ -14,4 +14,4 @@ setup(author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].spl
       classifiers=lines('classifiers'),
       install_requires=lines('requirements'),
       extras_require={'dev': lines('dev_requirements')},
-      entry_points={'console_scripts': lines('console_scripts')})
+      entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['facelab = facelab._modidx:d']})

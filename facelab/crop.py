@@ -83,13 +83,15 @@ def take_face(
     crop = crop_face(image, faces[0].box, size=size) if align == 'margin' else align_face(image, faces[0], size)
     return crop, faces[0], len(faces)
 
-# %% ../nbs/03_crop.ipynb #a46c312d
+# %% ../nbs/03_crop.ipynb #890e6235
+def _digest(*parts): return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
 def safe_name(
     text:str, # any name
 )->str:       # usable as one file or folder name on any system
     "A name made safe for a file system, readable, and distinct for distinct names"
-    safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', '_', str(text)).strip(' .')[:60]
-    return safe if safe == text else f'{safe}-{hashlib.sha1(str(text).encode()).hexdigest()[:6]}'
+    safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', '_', str(text)).strip(' .')[:40]
+    return safe if safe == text else f'{safe}-{_digest(str(text))[:6]}'
 
 # %% ../nbs/03_crop.ipynb #e913dcce
 def save_image(
@@ -122,27 +124,27 @@ def crop_one(
     except Exception as e: row.update(status='failed', reason=f'{type(e).__name__}: {e}')
     return row | dict(seconds=round(time.perf_counter() - start, 4))
 
-# %% ../nbs/03_crop.ipynb #7033dce3
+# %% ../nbs/03_crop.ipynb #580456d5
 def _key(path, crop, settings):
     try: stat = os.stat(path)
-    except OSError: stat = None
+    except (OSError, ValueError): stat = None
     seen = (stat.st_size, stat.st_mtime_ns) if stat else None
-    return hashlib.sha1(json.dumps([str(path), str(crop), seen, settings], sort_keys=True).encode()).hexdigest()
+    return _digest(path, crop, seen, settings)
 
 def _read_log(log):
     done = {}
-    for line in log.read_text(encoding='utf-8').splitlines() if log.exists() else []:
+    for line in log.read_bytes().splitlines() if log.exists() else []:
         try: row = json.loads(line); done[row.pop('key')] = row
         except (ValueError, KeyError, TypeError, AttributeError): continue
     return done
 
-# %% ../nbs/03_crop.ipynb #9cda11cf
+# %% ../nbs/03_crop.ipynb #2b0aedc5
 def _jobs(table, dest, settings):
     people = table['person'] if 'person' in table else [''] * len(table)
-    for path, person in zip(table['path'], people):
-        name = f'{safe_name(Path(path).stem)}-{hashlib.sha1(str(path).encode()).hexdigest()[:6]}.png'
-        crop = dest/(safe_name(person) if person else '')/name
-        yield dict(path=str(path), person=person, crop=str(crop), key=_key(path, crop.name, settings))
+    for path, person in zip(map(str, table['path']), people):
+        name = f'{safe_name(Path(path).stem)}-{_digest(path, settings)[:12]}.png'
+        crop = (Path(safe_name(person)) if person else Path())/name
+        yield dict(path=path, person=person, crop=str(dest/crop), key=_key(path, crop.as_posix(), settings))
 
 def _keyed(job, settings, find):
     register_detector(settings['detector'], find)
@@ -158,7 +160,7 @@ def _run(todo, settings, workers, log, progress):
             f.write(json.dumps(dict(key=key, **row)) + '\n'); f.flush()
             yield key, row
 
-# %% ../nbs/03_crop.ipynb #28c70dd5
+# %% ../nbs/03_crop.ipynb #d859e4e6
 def crop_folder(
     table:pd.DataFrame,   # column `path`, and `person` if known: `att_faces()`, `people_folder(...)`, ...
     dest,                 # folder for the crops and the log
@@ -174,7 +176,8 @@ def crop_folder(
     dest = Path(dest); dest.mkdir(parents=True, exist_ok=True)
     settings = dict(align=align, size=size, detector=detector, upsample=upsample)
     jobs, done = list(_jobs(table, dest, settings)), _read_log(dest/'log.jsonl')
-    fresh = lambda j: j['key'] not in done or (done[j['key']]['status'] == 'ok' and not Path(j['crop']).exists())
+    status = lambda j: done.get(j['key'], {}).get('status', 'failed')
+    fresh = lambda j: status(j) == 'failed' or (status(j) == 'ok' and not Path(j['crop']).exists())
     todo = list({j['key']: j for j in jobs if fresh(j)}.values())
     done.update(_run(todo, settings, workers or os.cpu_count(), dest/'log.jsonl', progress) if todo else {})
     report = pd.DataFrame([{**j, **done[j['key']]} for j in jobs], columns='path person crop status reason box n_faces seconds'.split())

@@ -7,8 +7,8 @@ __all__ = ['imagenet_weights', 'read_weights', 'fill', 'make_body', 'pair_image_
            'plot_lr_find', 'history', 'fit_stages', 'similarity_of', 'SiameseNet', 'PairDataset', 'pair_dls',
            'siamese_splitter', 'siamese_learner', 'plot_losses', 'save_model', 'about_model']
 
-# %% ../nbs/05_train.ipynb #3497670d
-import json, os, socket, tempfile
+# %% ../nbs/05_train.ipynb #7d7c2fdc
+import json, os, socket, tempfile, warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.vision.all import *
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .pairs import augmentation, read_pair
+
+with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
 
 # %% ../nbs/05_train.ipynb #7f40214f
 def imagenet_weights(
@@ -182,7 +183,7 @@ class SiameseNet(nn.Module):
         z = self.head['scale']*(similarity_of(ea, eb, self.metric) - self.head['shift'])
         return torch.stack([-z/2, z/2], 1)
 
-# %% ../nbs/05_train.ipynb #245b53f5
+# %% ../nbs/05_train.ipynb #71ca194b
 class PairDataset:
     "Pairs of faces for two towers: left, right, 1 if mated"
     def __init__(self,
@@ -190,6 +191,7 @@ class PairDataset:
         size=224,  # side of the faces, pixels
         aug=None,  # an albumentations pipeline for both faces of every pair; None: as they are
     ): self.pairs, self.size, self.aug = pairs.reset_index(drop=True), size, aug
+    def new_empty(self): return PairDataset(self.pairs[:0], self.size)
     def __len__(self): return len(self.pairs)
     def __getitem__(self, i):
         row = self.pairs.iloc[i]

@@ -1,6 +1,10 @@
 "Fixtures that several test modules share."
 import io
+import os
 from pathlib import Path
+
+if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):  # the cores are shared out before NumPy and PyTorch count them
+    for o in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[o] = str(max(1, (os.cpu_count() or 1)//int(workers)))
 
 import numpy as np
 import pytest

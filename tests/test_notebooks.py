@@ -30,10 +30,8 @@ def prose(path): return '\n\n'.join(c.source for c in read_nb(path).cells if c.c
 # ---- they run
 
 def environment():
-    "That of a test run: the cores are shared out between the processes of pytest-xdist"
-    workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-    threads = str(max(1, (os.cpu_count() or 1)//workers))
-    return {**os.environ, 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}', 'MPLBACKEND': 'Agg', 'OMP_NUM_THREADS': threads, 'MKL_NUM_THREADS': threads, 'OPENBLAS_NUM_THREADS': threads}
+    "That of the tests (conftest shares out the cores), with the commands of this Python first"
+    return {**os.environ, 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}', 'MPLBACKEND': 'Agg'}
 
 
 def run_notebook(path, limit=LIMIT):
