@@ -5,7 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #aaa7d40b
+# %% ../nbs/99_all.ipynb #91bbfca8
+import warnings
+
+with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
+
 from .images import *
 from .datasets import *
 from .detect import *
@@ -17,3 +21,6 @@ from .metrics import *
 from .gallery import *
 from .models.dlib_resnet import *
 from .demo import *
+
+# %% ../nbs/99_all.ipynb #6cca8f99
+__all__ = [name for name in globals() if not name.startswith('_')]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DETECTOR', 'COLUMNS', 'ARCHS', 'demo_photos', 'NotEnough', 'cut_faces', 'Pixels', 'pixel_encoder', 'own_pairs',
            'references', 'first_places', 'strangers_best', 'judge', 'affordable', 'Trained', 'train_pair_image',
-           'train_towers', 'tune_dlib', 'draw_scores', 'draw_curves', 'draw_matches', 'write_report', 'explain',
-           'run_systems', 'save_plots', 'save_models', 'demo', 'facelab_demo']
+           'train_towers', 'tune_dlib', 'draw_scores', 'draw_curves', 'draw_matches', 'write_report', 'with_intervals',
+           'explain', 'run_systems', 'save_plots', 'save_models', 'demo', 'facelab_demo']
 
 # %% ../nbs/09_demo.ipynb #f239b8e4
 import base64, html, os, shutil, sys, time
@@ -269,17 +269,35 @@ def write_report(
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style><body>{body}</body></html>'
     temp = Path(path).with_suffix('.part'); temp.write_text(page, encoding='utf-8'); os.replace(temp, path)
 
-# %% ../nbs/09_demo.ipynb #cc394ff0
-def _ci(k, n): return f'{k} of {n}, 95 % interval {wilson_ci(k, n)[0]:.3f} to {wilson_ci(k, n)[1]:.3f}'
+# %% ../nbs/09_demo.ipynb #5a7d2fe4
+def _ci(rate, n):
+    lo, hi = wilson_ci(round(rate*n), n)
+    return f'{round(rate*n)} of {n} ({lo:.3f} to {hi:.3f})'
+
+def with_intervals(
+    table:pd.DataFrame, # the results
+    column:str,         # 'rank1' or 'fpir'
+    n:int,              # photos that the rate is a share of
+)->str:
+    "The counts behind a column, with 95 % Wilson intervals, as one sentence"
+    rows = [f'{r.system} {_ci(getattr(r, column), n)}' for r in table.itertuples() if not pd.isna(getattr(r, column))]
+    return f'{column} in counts, with 95 % Wilson intervals (too narrow, since the photos of a person are alike): ' + '; '.join(rows) + '.'
+
+def _caveats(rows):
+    dlib, tuned = (rows.loc[s] if s in rows.index else None for s in ('dlib encoder', 'dlib fine-tuned'))
+    out = []
+    if dlib is not None and dlib.eer == 0: out.append(f'An EER of 0 means that no pair of these people was confused, not that none ever will be: the bootstrap cannot see what did not happen. The Wilson bound for 0 errors in {dlib.pairs:,} pairs would be {wilson_ci(0, int(dlib.pairs))[1]:.4f} if pairs were independent, and they are not.')
+    if tuned is not None and tuned.fpir > dlib.fpir: out.append(f'Fine-tuning let more strangers in (fpir {tuned.fpir:.2f} against {dlib.fpir:.2f}) although it confuses nobody: its threshold was set on the very people it was trained on, whom it tells apart better than it will tell anybody else apart.')
+    return out
 
 def explain(
     table:pd.DataFrame, # the results
     report:pd.DataFrame,# of the crops
-    n_strangers:int,
+    strangers,          # names of the people whom no training saw
 )->list:                # sentences
     "What the table says, in words"
     rows, lost = table.set_index('system'), (report.status != 'ok').sum()
-    people = report.person.nunique()
+    people, n_strangers = report.person.nunique(), len(strangers)
     out = [f'{len(report)} photos of {people} people; no face found or not readable: {lost} (failure to acquire, counted as misses in rank1).']
     if n_strangers: out.append(f'auc, eer and fnmr_at_fmr1 are measured on every pair of photos of {n_strangers} people whom no training saw; eer_lo and eer_hi are a 95 % interval over people. The threshold was set on the other {people - n_strangers} people at FMR 1 %. fpir: they are enrolled with one photo each, and the photos of the {n_strangers} strangers knock.')
     else: out.append('Too few people to keep any apart, so nothing was trained, the threshold is the encoder\'s published one, and everybody is judged; with so few pairs these numbers say little.')
@@ -287,10 +305,11 @@ def explain(
     for s in nets:
         better = rows.eer[s] < rows.eer['raw pixels']
         out.append(f'{s} started from {rows.init[s]} weights and is {"better" if better else "worse"} than comparing raw pixels (EER {rows.eer[s]:.3f} against {rows.eer["raw pixels"]:.3f}).')
-    if nets and (rows.init[nets] == 'random').all(): out.append('Three hundred photos of thirty people cannot set 21 million random weights to know what a face is; the dlib row, the same kind of network with a start that has seen millions of faces, shows what initialisation is worth.')
-    if 'dlib encoder' in rows.index and rows.eer['dlib encoder'] == 0: out.append(f'An EER of 0 means that no pair of these people was confused, not that none ever will be: the bootstrap cannot see what did not happen. The Wilson bound for 0 errors in {rows.pairs["dlib encoder"]:,} pairs would be {wilson_ci(0, int(rows.pairs["dlib encoder"]))[1]:.4f} if pairs were independent, and they are not.')
-    if 'dlib fine-tuned' in rows.index and rows.fpir['dlib fine-tuned'] > rows.fpir['dlib encoder']: out.append(f'Fine-tuning let more strangers in (fpir {rows.fpir["dlib fine-tuned"]:.2f} against {rows.fpir["dlib encoder"]:.2f}) although it confuses nobody: its threshold was set on the very people it was trained on, whom it tells apart better than it will tell anybody else apart.')
-    return out
+    known = (~report.person.isin(strangers)).sum()
+    if nets and (rows.init[nets] == 'random').all(): out.append(f'{known} photos of {people - n_strangers} people cannot set the millions of random weights of a network to know what a face is; the dlib row, a network of the same family that has seen millions of faces, shows what a start is worth.')
+    out.append(with_intervals(table, 'rank1', len(report) - people))
+    if n_strangers: out.append(with_intervals(table, 'fpir', len(report) - known))
+    return out + _caveats(rows)
 
 # %% ../nbs/09_demo.ipynb #2c929636
 def _can_train(faces):
@@ -371,7 +390,7 @@ def save_models(
         save_model(t.learn, out/'models'/f'{t.encoder.name}.safetensors', size=t.encoder.size, init=t.learn.init, **about)
         t.learn.export((out/'models'/f'{t.encoder.name}.pkl').resolve())
 
-# %% ../nbs/09_demo.ipynb #f277f0ef
+# %% ../nbs/09_demo.ipynb #47eed1f7
 ARCHS = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
 
 def demo(data='att', out='facelab-demo', arch='resnet34', init='auto', seed=42, size=96, pairs=600, epochs=(5, 5), progress=True):
@@ -387,7 +406,7 @@ def demo(data='att', out='facelab-demo', arch='resnet34', init='auto', seed=42, 
     gallery.save(out/'gallery.npz'); table.to_csv(out/'results.csv', index=False)
     figs = save_plots(out, table, embs, trained, strangers, gallery, dict(zip(np.array(emb.names)[ref], np.array(emb.paths)[ref])))
     save_models(trained, out, arch=arch, seed=seed)
-    notes = explain(table, faces['report'], len(strangers)) + [t.note for t in trained.values() if t.note]
+    notes = explain(table, faces['report'], strangers) + [t.note for t in trained.values() if t.note]
     write_report(out/'report.html', f'facelab demo: {data}', table, [*notes, f'Seed {seed}, {torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} seconds in all.'], figs)
     return table, notes
 
