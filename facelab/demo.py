@@ -8,8 +8,8 @@ __all__ = ['DETECTOR', 'COLUMNS', 'ARCHS', 'demo_photos', 'NotEnough', 'cut_face
            'train_towers', 'tune_dlib', 'draw_scores', 'draw_curves', 'draw_matches', 'write_report', 'with_intervals',
            'explain', 'run_systems', 'save_plots', 'save_models', 'demo', 'facelab_demo']
 
-# %% ../nbs/09_demo.ipynb #f239b8e4
-import base64, html, os, shutil, sys, time
+# %% ../nbs/09_demo.ipynb #66494157
+import base64, html, os, sys, time, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,7 @@ def judge(
                               t, _or_nan(fnmr_at_fmr, unseen.score, unseen.mated, .01), first_places(emb).sum()/n_probes,
                               fpir(strangers_best(emb, strangers), t) if out.any() and t is not None else np.nan, seconds)))
 
-# %% ../nbs/09_demo.ipynb #60a66312
+# %% ../nbs/09_demo.ipynb #cb8a755f
 def affordable(
     df:pd.DataFrame, # path, person
     n:int,           # pairs wanted
@@ -176,9 +176,10 @@ def _accuracy(learn, report):
 def train_pair_image(known, strangers, out, size=96, n=600, arch=resnet34, init='auto', seed=42, epochs=(5, 5), progress=False)->Trained:
     "System 0: a ResNet on side-by-side pictures of pairs, split at random as published"
     pairs, exam = (make_pairs(t, affordable(t, k), positives='augmented', seed=seed) for t, k in ((known, n), (strangers, min(n, 200))))
-    write_pairs(pairs, out/'pairs'/'one image', size=size, progress=False)
-    report = write_pairs(exam, out/'pairs'/'one image, strangers', size=size, progress=False)
-    learn = pair_image_learner(pair_image_dls(out/'pairs'/'one image', size=size), arch, init)
+    folder, other = (out/'pairs'/f'one image, {size} px, {zlib.crc32(t.to_csv().encode()):08x}' for t in (pairs, exam))
+    write_pairs(pairs, folder, size=size, progress=False)
+    report = write_pairs(exam, other, size=size, progress=False)
+    learn = pair_image_learner(pair_image_dls(folder, size=size), arch, init)
     found, table = find_lr(learn, num_it=30), fit_stages(learn, *epochs, progress=progress)
     here, there = table.accuracy.iloc[-1], _accuracy(learn, report)
     note = f'Pair as one picture: accuracy {here:.1%} on its own random split of {len(learn.dls.valid_ds)} pairs, {there:.1%} on {len(exam)} pairs of unseen people.'
@@ -390,14 +391,13 @@ def save_models(
         save_model(t.learn, out/'models'/f'{t.encoder.name}.safetensors', size=t.encoder.size, init=t.learn.init, **about)
         t.learn.export((out/'models'/f'{t.encoder.name}.pkl').resolve())
 
-# %% ../nbs/09_demo.ipynb #47eed1f7
+# %% ../nbs/09_demo.ipynb #243309b6
 ARCHS = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
 
 def demo(data='att', out='facelab-demo', arch='resnet34', init='auto', seed=42, size=96, pairs=600, epochs=(5, 5), progress=True):
     "Run everything and return the table; see `facelab_demo` for the arguments"
     if arch not in ARCHS: raise ValueError(f"no arch named {arch!r}; there are {', '.join(ARCHS)}")
     out, start = Path(out), time.perf_counter(); out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out/'pairs', ignore_errors=True)
     faces = cut_faces(demo_photos(data, seed), out, size, data, progress)
     table, embs, trained, strangers = run_systems(faces, out, ARCHS[arch], init, seed, size, pairs, epochs)
     emb, encoder = embs['dlib encoder'], dlib_encoder()
