@@ -156,6 +156,7 @@ def test_copies_and_namesakes_keep_their_own_crops(quick, att, tmp_path):
 
 SIZE, N = 112, 60
 SCRIPT = f'''
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
 import sys
 from facelab.crop import crop_folder
 from facelab.datasets import att_faces

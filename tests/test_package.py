@@ -66,7 +66,8 @@ def test_all_names_exist(name):
     module = importlib.import_module(name)
     public = module.__all__ if name != 'facelab.models' else []
     assert len(public) == len(set(public)) and not [o for o in public if not hasattr(module, o)]
-    if name != 'facelab.models': assert module.__doc__ and len(public) <= 45, 'a public surface fits on a screen'
+    if name != 'facelab.models': assert module.__doc__
+    if name != 'facelab.all': assert len(public) <= 45, 'a public surface fits on a screen'
 
 
 def test_no_name_means_two_things():
