@@ -150,7 +150,7 @@ def judge(
                               t, _or_nan(fnmr_at_fmr, unseen.score, unseen.mated, .01), first_places(emb).sum()/n_probes,
                               fpir(strangers_best(emb, strangers), t) if out.any() and t is not None else np.nan, seconds)))
 
-# %% ../nbs/09_demo.ipynb #cb8a755f
+# %% ../nbs/09_demo.ipynb #91caeb8f
 def affordable(
     df:pd.DataFrame, # path, person
     n:int,           # pairs wanted
@@ -183,9 +183,9 @@ def train_pair_image(known, strangers, out, size=96, n=600, arch=resnet34, init=
     found, table = find_lr(learn, num_it=30), fit_stages(learn, *epochs, progress=progress)
     here, there = table.accuracy.iloc[-1], _accuracy(learn, report)
     note = f'Pair as one picture: accuracy {here:.1%} on its own random split of {len(learn.dls.valid_ds)} pairs, {there:.1%} on {len(exam)} pairs of unseen people.'
-    return Trained(encoder_from(learn, 'resnet34-pair-image', size=size), learn, table, found, note)
+    return Trained(encoder_from(learn, f'{arch.__name__}-pair-image', size=size), learn, table, found, note)
 
-# %% ../nbs/09_demo.ipynb #8e6d3c8e
+# %% ../nbs/09_demo.ipynb #2578f66e
 def train_towers(known, strangers, out, size=96, n=600, arch=resnet34, init='auto', seed=42, epochs=(5, 5), progress=False)->Trained:
     "Two ResNet towers on pairs of two photos, split by people"
     (out/'pairs').mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def train_towers(known, strangers, out, size=96, n=600, arch=resnet34, init='aut
     learn = siamese_learner(pair_dls(train, valid, size=size), arch, init)
     learn.unfreeze(); found = find_lr(learn, num_it=30)
     table = fit_stages(learn, *epochs, progress=progress)
-    return Trained(encoder_from(learn, 'resnet34-two-towers', size=size), learn, table, found)
+    return Trained(encoder_from(learn, f'{arch.__name__}-two-towers', size=size), learn, table, found)
 
 # %% ../nbs/09_demo.ipynb #269af4eb
 def _dlib_splitter(model): return [*dlib_groups(model.body), params(model.head)]
@@ -312,7 +312,7 @@ def explain(
     if n_strangers: out.append(with_intervals(table, 'fpir', len(report) - known))
     return out + _caveats(rows)
 
-# %% ../nbs/09_demo.ipynb #2c929636
+# %% ../nbs/09_demo.ipynb #45bbdfd8
 def _can_train(faces):
     counts = faces.person.value_counts()
     return len(counts) >= 12 and (counts >= 2).sum() >= 12 and len(faces) >= 60
@@ -333,10 +333,10 @@ def run_systems(
     jobs = {'raw pixels': ('-', photos, lambda: pixel_encoder()), 'dlib encoder': ('dlib', chip, lambda: dlib_encoder())}
     if strangers:
         check_leak(known, new)
-        make = dict(size=size, n=n, arch=arch, init=init, seed=seed, epochs=epochs, progress=progress)
+        make, net = dict(size=size, n=n, arch=arch, init=init, seed=seed, epochs=epochs, progress=progress), arch.__name__.replace('resnet', 'ResNet')
         jobs = {'raw pixels': jobs['raw pixels'],
-                'ResNet34 pair as one image': (None, margin, lambda: train_pair_image(known, new, out, **make)),
-                'ResNet34 two towers': (None, margin, lambda: train_towers(known, new, out, **make)),
+                f'{net} pair as one image': (None, margin, lambda: train_pair_image(known, new, out, **make)),
+                f'{net} two towers': (None, margin, lambda: train_towers(known, new, out, **make)),
                 'dlib encoder': jobs['dlib encoder'],
                 'dlib fine-tuned': (None, chip, lambda: tune_dlib(side(chip, known), side(chip, new), out, n=n, seed=seed, progress=progress))}
     return (*_run_all(jobs, strangers, len(report), seed), strangers)
