@@ -157,7 +157,7 @@ def load_npz(
     if gone := [k for k in needed if k not in got]: raise ValueError(f"{path.name}: not a file of facelab, it lacks {', '.join(gone)}")
     return got
 
-# %% ../nbs/06_embed.ipynb #8d9b23f6
+# %% ../nbs/06_embed.ipynb #5d3abb81
 @dataclass(eq=False)
 class Embeddings:
     "Vectors with the names they belong to and the recipe that made them"
@@ -165,7 +165,8 @@ class Embeddings:
     names: list                        # n texts
     recipe: dict                       # see `recipe`
     paths: list|None = None            # n texts, or None
-    report: pd.DataFrame|None = field(default=None, repr=False) # one row per input of `embed`
+    report: pd.DataFrame|None = field(default=None, repr=False) # one row per input of `embed` or `embed_folder`
+    faces: pd.DataFrame|None = field(default=None, repr=False)  # one row per vector of `embed_folder`: where the face is
 
     def __post_init__(self):
         self.vectors, self.names = np.asarray(self.vectors, dtype=np.float32), [str(o) for o in self.names]

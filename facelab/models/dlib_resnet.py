@@ -81,7 +81,7 @@ def alias(self:DlibReader):
     "Version 1 and four sizes: the shape of a part of a tensor"
     return self.integers(5)[1:]
 
-# %% ../../nbs/10_models.dlib_resnet.ipynb #f7b911f6
+# %% ../../nbs/10_models.dlib_resnet.ipynb #39c520b9
 def _con(r):
     p, (k, h, w, stride, _, padding, _), shape = r.tensor().ravel(), r.integers(7), r.alias()
     r.alias(); [r.real() for _ in range(4)]
@@ -92,6 +92,13 @@ def _affine(r):
     r.alias(); r.alias(); r.integer()
     return dict(weight=p[:len(p)//2], bias=p[len(p)//2:])
 
+def _norm(r):
+    p = r.tensor().ravel()
+    r.alias(); r.alias()
+    _, _, mean, var = [r.tensor().ravel() for _ in range(4)]
+    r.integers(2)
+    return dict(weight=p[:len(p)//2], bias=p[len(p)//2:], mean=mean, var=var, eps=[r.real() for _ in range(5)][-1])
+
 def _fc(r):
     (n_out, n_in), p = r.integers(2), r.tensor()
     r.alias(); r.alias(); r.integer(); [r.real() for _ in range(4)]
@@ -100,16 +107,16 @@ def _fc(r):
 def _pool(r): return dict(zip(('height', 'width', 'stride', '_', 'padding', '_'), r.integers(6)))
 def _nothing(r): return {}
 
-_kinds = dict(con_4=_con, affine_=_affine, fc_2=_fc, max_pool_2=_pool, avg_pool_2=_pool, relu_=_nothing, add_prev_=_nothing)
+_kinds = dict(con_4=_con, affine_=_affine, fc_2=_fc, max_pool_2=_pool, avg_pool_2=_pool, relu_=_nothing, add_prev_=_nothing, bn_con2=_norm)
 
-# %% ../../nbs/10_models.dlib_resnet.ipynb #deead7a4
+# %% ../../nbs/10_models.dlib_resnet.ipynb #702a039f
 def read_layer(
     r:DlibReader,    # stands at the name of a layer
     first=False,     # the first layer has one more number at its end
 )->dict:             # kind, and weight, bias, stride, padding where the kind has them
     "One layer: its name, its own fields, then what every layer carries"
     kind = r.text()
-    if kind not in _kinds: raise ValueError(f'{r.name}: a layer of kind {kind[:20]!r}; this is another network than the face network')
+    if kind not in _kinds: raise ValueError(f'{r.name}: a layer of kind {kind[:20]!r}; this is another network')
     layer = dict(kind=kind, **_kinds[kind](r))
     [r.flag() for _ in range(3)]; [r.tensor() for _ in range(3)]
     if first: r.integer()
