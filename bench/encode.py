@@ -1,6 +1,6 @@
 """How much faster than face_recognition does facelab turn faces into numbers, with the same network?
 
-    python -m bench.encode [--faces 64] [--batch 32] [--repeats 7] [--threads 2] [--json FILE]
+    python -m bench.encode [--faces 64] [--batch 32] [--repeats 7] [--threads 2] [--encoder dlib] [--json FILE]
 
 Both sides get the same decoded photos (AT&T faces at twice their size) with the same face boxes. `face_encodings(photo, [box])`
 finds five landmarks, turns the face upright and computes its descriptor; facelab does exactly these three things. dlib's bare
@@ -21,8 +21,9 @@ import torch
 from facelab.crop import align_face
 from facelab.datasets import att_faces
 from facelab.detect import detect
+from facelab.embed import get_encoder
 from facelab.images import load_image
-from facelab.models.dlib_resnet import dlib_encoder, weights_path
+from facelab.models.dlib_resnet import weights_path
 from facelab.speed import count_flops, time_each, vector_change
 
 SIDE = 1024  # of the matrices
@@ -65,11 +66,12 @@ def main(argv=None):
     p.add_argument('--batch', type=int, default=32, help='faces at a time')
     p.add_argument('--repeats', type=int, default=7, help='turns of each way')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of PyTorch')
+    p.add_argument('--encoder', default='dlib', help="name of facelab's side: 'dlib', or 'dlib-bf16' for other numbers and more speed")
     p.add_argument('--json', help='also write the result to this file')
     a = p.parse_args(argv)
     warnings.simplefilter('ignore')
     torch.set_num_threads(a.threads)
-    photos, encoder = some_photos(a.faces), dlib_encoder()
+    photos, encoder = some_photos(a.faces), get_encoder(a.encoder)
     few, chips = min(a.few, len(photos)), [np.array(align_face(p, box)) for p, box in photos]
     ways = ways_of(photos, chips, encoder, a.batch, few)
     ours = encoder.encode(chips, a.batch)[:few]
@@ -81,14 +83,14 @@ def main(argv=None):
     batched, single, chips_b, chips_1 = (ms[k] for k in list(ms)[3:])
     bare = min(ms[DLIB], ms[BARE])
     result = {'chips, in batches': bare/chips_b, 'chips, one at a time': bare/chips_1, 'one at a time': ms[THEIRS]/single, 'limit': chips_b/limit, 'ratio': ms[THEIRS]/batched}
-    print(f'{len(photos)} faces, {a.repeats} turns, {a.threads} threads of PyTorch; largest difference of a number: ' + ', '.join(f'{v:.1e} ({k})' for k, v in gaps.items()))
+    print(f'{len(photos)} faces, {a.repeats} turns, {a.threads} threads of PyTorch, encoder {a.encoder!r}; largest difference of a number: ' + ', '.join(f'{v:.1e} ({k})' for k, v in gaps.items()))
     for k, v in ms.items(): print(f'{k:>37}: {v:7.2f} ms a face  (fastest {runs[k].min()*1000:.2f}, slowest {runs[k].max()*1000:.2f})')
     print(f'{"matrices of " + str(SIDE):>37}: {rate/1e9:.0f} GFLOP/s, so a face takes {limit:.2f} ms at the least')
     for k in ('chips, in batches', 'chips, one at a time'): print(f"{k}: {result[k]:.1f} (against dlib's bare descriptor, the faster of its two ways)")
     for k in ('one at a time', 'limit'): print(f'{k}: {result[k]:.2f}')
     if a.json:
         with open(a.json, 'w', encoding='utf-8') as f:
-            json.dump(result | dict(milliseconds=ms, gflops=rate/1e9, limit_ms=limit, largest_difference=max(gaps.values()), differences=gaps, faces=len(photos), batch=a.batch, repeats=a.repeats, threads=a.threads, runs=runs.to_dict('list')), f, indent=1, default=float)
+            json.dump(result | dict(milliseconds=ms, gflops=rate/1e9, limit_ms=limit, largest_difference=max(gaps.values()), differences=gaps, faces=len(photos), batch=a.batch, repeats=a.repeats, threads=a.threads, encoder=a.encoder, runs=runs.to_dict('list')), f, indent=1, default=float)
     print(f'ratio: {result["ratio"]:.1f}')
 
 

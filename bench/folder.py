@@ -59,7 +59,7 @@ def theirs(paths, shift=0):
 
 def ours(table, **kw):
     "facelab's boxes and vectors of each photo"
-    found = embed_folder(table, faces='all', **kw)
+    found = embed_folder(table, faces='all', progress=False, **kw)
     ends = np.cumsum(found.report.n_faces)
     return [(list(found.faces.box[a:b]), list(found.vectors[a:b])) for a, b in zip([0, *ends], ends)]
 
@@ -117,7 +117,7 @@ def main(argv=None):
     cold = {'face_recognition': time.perf_counter() - start}
     with tempfile.TemporaryDirectory() as folder:
         table = photos_of(a.data, a.photos, folder)
-        start = time.perf_counter(); embed_folder(table.head(2*32), workers=a.workers); cold['facelab'] = time.perf_counter() - start
+        start = time.perf_counter(); embed_folder(table.head(2*32), workers=a.workers, progress=False); cold['facelab'] = time.perf_counter() - start
         theirs(table.path[:3])
         runs, x, y = {'face_recognition': [], 'facelab': []}, [], []
         for part in np.array_split(np.arange(len(table)), a.repeats):

@@ -143,7 +143,7 @@ def read_done(
     done.update(_lines(_log_of(dest)))
     return {k: r for k, r in done.items() if r['status'] != 'failed'}
 
-# %% ../nbs/17_folder.ipynb #4b55d408
+# %% ../nbs/17_folder.ipynb #3ba703da
 def _prepare(name, encoder, detector, find):
     register_encoder(name, encoder if isinstance(encoder, str) or callable(encoder) else lambda: encoder)
     register_detector(detector, find)
@@ -159,7 +159,8 @@ def _rows(todo, encoder, settings, workers):
     name, maker = _spec(encoder)
     args = (name, maker, settings['detector'], get_detector(settings['detector']))
     work = partial(_measure, encoder=name if workers > 1 else get_encoder(encoder), **settings)
-    for job, row in share(work, todo, workers, size=32, setup=_prepare if workers > 1 else None, args=args if workers > 1 else ()):
+    size = min(32, max(4, len(todo)//(4*workers)))
+    for job, row in share(work, todo, workers, size=size, setup=_prepare if workers > 1 else None, args=args if workers > 1 else ()):
         if isinstance(row, WorkerDied): row = dict(status='failed', reason=str(row), n_faces=0, boxes=[], scores=[], vectors=np.zeros((0, get_encoder(encoder).dim), np.float32), seconds=None)
         yield job['key'], row
 

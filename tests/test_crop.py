@@ -182,8 +182,8 @@ def untouched(att, tmp_path_factory):
     return crop_folder(att[:N], tmp_path_factory.mktemp('untouched'), size=SIZE, upsample=2, workers=2, progress=False)
 
 
-def interrupted(dest, how):
-    "A run stopped when 10 photos are done: `how(process)`"
+def interrupted(dest, how, ends=False):
+    "A run in which something happens when 10 photos are done: `how(process)`; returns when it has stopped, or come to its end"
     p = subprocess.Popen([sys.executable, '-c', SCRIPT, str(dest)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         end = time.monotonic() + 120
@@ -191,8 +191,8 @@ def interrupted(dest, how):
             assert p.poll() is None and time.monotonic() < end, p.communicate()[0]
             time.sleep(.01)
         how(p)
-        p.wait(timeout=60)
-        assert p.returncode != 0
+        p.wait(timeout=120)
+        assert (p.returncode == 0) == ends, p.communicate()[0]
     finally:
         try: os.killpg(p.pid, signal.SIGKILL)
         except ProcessLookupError: pass
@@ -207,7 +207,7 @@ def kill_a_worker(p):
     raise AssertionError('no worker found')
 
 
-WAYS = dict(power_cut=lambda p: os.killpg(p.pid, signal.SIGKILL), control_c=lambda p: os.killpg(p.pid, signal.SIGINT), parent_killed=lambda p: p.kill(), worker_killed=kill_a_worker)
+WAYS = dict(power_cut=lambda p: os.killpg(p.pid, signal.SIGKILL), control_c=lambda p: os.killpg(p.pid, signal.SIGINT), parent_killed=lambda p: p.kill())
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
@@ -228,6 +228,27 @@ def test_interrupted_and_resumed(att, untouched, tmp_path, way):
     assert all(after[k] == before[k] for k in before)
     again = [o for o, t in stamps.items() if (tmp_path/o).stat().st_mtime_ns != t]
     assert len(again) <= len(stamps) - sum(o['status'] == 'ok' for o in before.values())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
+def test_a_killed_worker_is_replaced(att, untouched, tmp_path):
+    interrupted(tmp_path, kill_a_worker, ends=True)
+    rows, times = log_of(tmp_path)
+    assert len(rows) == N and set(times.values()) == {1}
+    r = whole(crop_folder(att[:N], tmp_path, size=SIZE, upsample=2, workers=2, progress=False), N)
+    assert r.status.tolist() == untouched.status.tolist() and boxes(r) == boxes(untouched)
+
+
+def test_a_deadly_photo_is_reported(att, tmp_path):
+    def deadly(image, upsample):
+        if image[0, 0, 0] > 200: os.kill(os.getpid(), signal.SIGKILL)
+        return [Face(Box(20, 80, 90, 10), .5)]
+    register_detector('deadly', deadly)
+    try:
+        Image.new('RGB', (90, 110), 'white').save(tmp_path/'white.png')
+        r = whole(crop_folder(table([*att.path[:5], tmp_path/'white.png', *att.path[5:9]]), tmp_path/'out', size=32, detector='deadly', workers=2, progress=False), 10)
+    finally: D._detectors.pop('deadly')
+    assert r.status.tolist() == ['ok']*5 + ['failed'] + ['ok']*4 and 'died' in r.reason[5]
 
 
 @pytest.mark.parametrize('harm', [lambda b: b[:-30], lambda b: b[:-30] + b'\xff\xfe\x00', lambda b: b.replace(b'"status"', b'"stat', 1), lambda b: b + b'\n\n[1, 2]\nnull\n{}\n3\n', lambda b: b''], ids=['torn', 'not text', 'one word', 'strangers', 'emptied'])
