@@ -13,5 +13,5 @@ def lines(key): return [o.strip() for o in cfg.get(key, '').splitlines() if o.st
 setup(author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].split(),
       classifiers=lines('classifiers'),
       install_requires=lines('requirements'),
-      extras_require={'dev': lines('dev_requirements')},
+      extras_require={'dev': lines('dev_requirements') + lines('onnx_requirements'), 'onnx': lines('onnx_requirements')},
       entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['facelab = facelab._modidx:d']})

@@ -105,10 +105,11 @@ def same(found, written): assert {str(Requirement(o)) for o in found} == {str(Re
 
 def test_requirements_are_those_of_settings(built):
     found = [Requirement(o) for o in built[0].get_all('Requires-Dist')]
-    extra = [o for o in found if o.marker]
+    extra = {e: [str(o).split(';')[0] for o in found if o.marker and str(o.marker) == f'extra == "{e}"'] for e in ('dev', 'onnx')}
     same([str(o) for o in found if not o.marker], settings('requirements'))
-    assert {str(o.marker) for o in extra} == {'extra == "dev"'}
-    same([str(o).split(';')[0] for o in extra], settings('dev_requirements'))
+    assert set(built[0].get_all('Provides-Extra')) == set(extra)
+    same(extra['onnx'], settings('onnx_requirements'))
+    same(extra['dev'], settings('dev_requirements') + settings('onnx_requirements'))
 
 
 def test_what_is_installed_is_up_to_date():

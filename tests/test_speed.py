@@ -18,7 +18,7 @@ from facelab.crop import NoFace, take_face
 from facelab.embed import Embeddings, Encoder, embed, encoders, get_encoder, similarity
 from facelab.gallery import Gallery, RecipeMismatch
 from facelab.models.dlib_resnet import dlib_encoder, load_dlib
-from facelab.speed import (FaceReader, Pixels, check_parity, compiled_encoder, copy_rate, count_flops, cpp_compiler, export_onnx, gemm_rate, half_encoder,
+from facelab.speed import (FaceReader, PixelNet, check_parity, compiled_encoder, copy_rate, count_flops, cpp_compiler, export_onnx, gemm_rate, half_encoder,
                            layer_flops, layer_work, listen, need, onnx_encoder, onnx_session, plot_roofline, plot_stages, quantise_onnx, roofline, score_change,
                            time_each, time_stages, torch_threads, vector_change, whole_file)
 
@@ -151,7 +151,8 @@ def test_vector_change():
 
 def test_score_change():
     c = score_change([.1, .39, .41, .9], [.1, .4, .39, .8], [False, False, True, True], .4)
-    assert c['flips'] == 2 and c['pairs'] == 4 and c['score'] == pytest.approx(.1) and c['eer'] == pytest.approx(.5, abs=.51)
+    assert c['flips'] == 2 and c['pairs'] == 4 and c['score'] == pytest.approx(.1) and c['eer'] == .5
+    assert score_change([.1, .2], [.1, .2], [False, True], .15)['eer'] == 0
 
 
 # ---- fewer bits, compilers
@@ -248,7 +249,7 @@ def test_used_like_any_encoder(exported, att, pictures, tmp_path):
 
 def test_pixels_are_normalised_inside(pictures):
     e = small(mean=(10., 20., 30.), std=(2., 3., 4.), metric='euclidean', device='cpu')
-    with torch.inference_mode(): got = Pixels(e).eval()(torch.from_numpy(np.stack(pictures)))
+    with torch.inference_mode(): got = PixelNet(e).eval()(torch.from_numpy(np.stack(pictures)))
     assert np.abs(got.numpy() - e.encode(pictures)).max() <= 2e-6*np.abs(got.numpy()).max()
 
 
@@ -386,17 +387,17 @@ def test_need():
 
 
 def test_lfw_keeps_its_decisions(lfw_home):
-    "A hundred pairs of LFW: bfloat16 moves scores by less than .05 and flips at most 3 decisions"
+    "Sixty pairs of LFW: bfloat16 moves scores by less than .05 and flips at most 2 decisions"
     from facelab.datasets import lfw_pairs
-    pairs = lfw_pairs('test').groupby('mated').head(50)
+    pairs = lfw_pairs('test').groupby('mated').head(30)
     faces = {}
     for p in sorted({*pairs.left, *pairs.right}):
-        try: faces[p] = np.array(take_face(p, align='chip', size=150)[0])
+        try: faces[p] = np.array(take_face(p, align='chip', size=150, upsample=0)[0])
         except NoFace: pass
     pairs, row = pairs[pairs.left.isin(faces) & pairs.right.isin(faces)], {p: i for i, p in enumerate(faces)}
     scores = [1 - np.linalg.norm(v[pairs.left.map(row)] - v[pairs.right.map(row)], axis=1) for v in (e.encode(list(faces.values()), 32) for e in (dlib_encoder(), half_encoder('dlib', torch.bfloat16)))]
     c = score_change(*scores, pairs.mated, .4)
-    assert c['pairs'] > 90 and c['score'] < .05 and c['flips'] <= 3
+    assert c['pairs'] > 50 and c['score'] < .05 and c['flips'] <= 2
 
 
 # ---- benchmark

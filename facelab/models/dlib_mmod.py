@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_mmod', 'fold_norm', 'OneFilter', 'mmod_net', 'Canvas', 'pyramid_canvas', 'tile_pyramid', 'places_to_boxes',
-           'suppress', 'double_size', 'Mmod', 'mmod_boxes', 'cnn_many', 'cnn', 'adaptive_many', 'adaptive',
-           'compare_boxes']
+           'suppress', 'double_size', 'Mmod', 'cnn_many', 'cnn', 'adaptive_many', 'adaptive', 'compare_boxes']
 
-# %% ../../nbs/16_models.dlib_mmod.ipynb #5bd3d7dc
+# %% ../../nbs/16_models.dlib_mmod.ipynb #46ab26a6
 from functools import cache, lru_cache
 from math import floor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from ..detect import dlib_file, face_at, get_detector, iou
@@ -212,7 +212,7 @@ class Mmod:
         parts = [self.net(tile_pyramid(o.to(self.device), self.mean).to(self.dtype)) for o in photos.split(n)]
         return torch.cat(parts).float()[:, 0].cpu().numpy()
 
-# %% ../../nbs/16_models.dlib_mmod.ipynb #b088a81f
+# %% ../../nbs/16_models.dlib_mmod.ipynb #6294ce40
 def _boxes(self, scores, canvas, upsample, threshold):
     rows, cols = np.nonzero(scores > threshold)
     boxes, found = places_to_boxes(rows, cols, canvas, self.window), scores[rows, cols]
@@ -221,8 +221,8 @@ def _boxes(self, scores, canvas, upsample, threshold):
     for _ in range(upsample): boxes = boxes/2 - (1.25, .75, 1.25, .75)
     return _round(boxes), found[keep]
 
-def mmod_boxes(
-    self:Mmod,
+@patch
+def boxes(self:Mmod,
     photos:list,          # arrays (h, w, 3) RGB uint8, of any sizes
     upsample:int=0,       # how often to double them first
     threshold:float=0.,   # lowest score
@@ -236,8 +236,6 @@ def mmod_boxes(
         canvas = pyramid_canvas(*x.shape[1:3])
         for i, scores in zip(where, self.scores(x)): out[i] = _boxes(self, scores, canvas, upsample, threshold)
     return out
-
-Mmod.boxes = mmod_boxes
 
 # %% ../../nbs/16_models.dlib_mmod.ipynb #6fc09758
 @cache
