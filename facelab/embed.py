@@ -30,7 +30,7 @@ def fit_size(
     image = load_image(image)
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/06_embed.ipynb #51045a9f
+# %% ../nbs/06_embed.ipynb #9cef8077
 @dataclass(eq=False)
 class Encoder:
     "A network that turns faces into vectors, with everything its numbers depend on"
@@ -56,10 +56,10 @@ class Encoder:
         "Pictures of any size as the tensor that the network takes"
         x = torch.from_numpy(np.stack([np.asarray(fit_size(o, self.size)) for o in images])).to(self.device)
         mean, std = (torch.tensor(o, dtype=torch.float32, device=self.device) for o in (self.mean, self.std))
-        return ((x - mean)/std).permute(0, 3, 1, 2)
+        return (x - mean).div_(std).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
-    def encode(self, images, bs=64):
+    def encode(self, images, bs=32):
         "A list of faces as float32 (n, dim); `bs` at a time"
         self.module.eval()
         out = [self.module(self.batch(images[i:i + bs])).float().cpu() for i in range(0, len(images), bs)]
@@ -81,7 +81,7 @@ def similarity(
     else: score = 1 - np.sqrt(np.maximum(na + nb - 2*a @ b.T, 0))
     return score.astype(np.float32)
 
-# %% ../nbs/06_embed.ipynb #7bed6411
+# %% ../nbs/06_embed.ipynb #d056dddd
 _makers, _made = {}, {}
 
 def register_encoder(
@@ -97,6 +97,7 @@ def encoders()->list:
     return sorted(_makers)
 
 register_encoder('dlib', 'facelab.models.dlib_resnet:dlib_encoder')
+register_encoder('dlib-bf16', 'facelab.speed:dlib_bf16')
 
 # %% ../nbs/06_embed.ipynb #8029f21a
 def get_encoder(
@@ -230,11 +231,11 @@ def load_batch(
         except (BadImage, OSError, TypeError) as e: reasons.append(getattr(e, 'reason', str(e)))
     return images, reasons
 
-# %% ../nbs/06_embed.ipynb #1e0df10e
+# %% ../nbs/06_embed.ipynb #440586e0
 def embed(
     source,             # table of crops with `path` (and `person`), folder, one photo, or a list of images
     encoder=None,       # an `Encoder` or the name of one; None: 'dlib'
-    bs:int=64,          # photos at a time
+    bs:int=32,          # photos at a time
     detector:str='hog', # how the crops were found; for the recipe only
     upsample:int=1,     # likewise
     progress=None,      # show a bar? None: yes, except in tests

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['time_each', 'time_stages', 'plot_stages', 'layer_flops', 'listen', 'layer_work', 'count_flops', 'torch_threads',
            'gemm_rate', 'copy_rate', 'roofline', 'plot_roofline', 'vector_change', 'score_change', 'cpu_features',
-           'Cast', 'half_encoder', 'dlib_bf16', 'cpp_compiler', 'compiled_encoder', 'Pixels', 'need', 'whole_file',
+           'Cast', 'half_encoder', 'dlib_bf16', 'cpp_compiler', 'compiled_encoder', 'PixelNet', 'need', 'whole_file',
            'OnnxNet', 'onnx_session', 'onnx_encoder', 'check_parity', 'export_onnx', 'FaceReader', 'quantise_onnx']
 
-# %% ../nbs/19_speed.ipynb #caeaacf2
+# %% ../nbs/19_speed.ipynb #3f5ea1c7
 import importlib, json, os, shutil, tempfile, time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from torch import nn
-from .embed import Encoder, fit_size, get_encoder, register_encoder
+from .embed import Encoder, fit_size, get_encoder
 from .metrics import eer
 
 # %% ../nbs/19_speed.ipynb #c667a20c
@@ -32,7 +32,7 @@ def _seconds(f):
     start = time.perf_counter(); f()
     return time.perf_counter() - start
 
-# %% ../nbs/19_speed.ipynb #e4c18481
+# %% ../nbs/19_speed.ipynb #912fad8b
 def _walk(x, steps):
     spent = {}
     for name, f in steps.items():
@@ -47,7 +47,8 @@ def time_stages(
 )->pd.DataFrame:     # median seconds, a row per way, a column per step, 0 where a way has no such step
     "Median seconds of every step of every way, the ways taking turns"
     runs = [{who: _walk(x, steps) for who, steps in ways.items()} for _ in range(repeats + 1)][1:]
-    return pd.DataFrame({who: pd.DataFrame([r[who] for r in runs]).median() for who in ways}).T[list(dict.fromkeys(s for o in ways.values() for s in o))].fillna(0.)
+    names = list(dict.fromkeys(s for steps in ways.values() for s in steps))
+    return pd.DataFrame({who: pd.DataFrame([r[who] for r in runs]).median() for who in ways}).T[names].fillna(0.)
 
 # %% ../nbs/19_speed.ipynb #4ac5ec75
 def plot_stages(
@@ -70,17 +71,20 @@ def layer_flops(
     "Operations of a layer, two per multiply-add"
     return 2*out.numel()*layer.weight[0].numel()
 
-# %% ../nbs/19_speed.ipynb #7938a3b8
+# %% ../nbs/19_speed.ipynb #f08b2bda
 @contextmanager
 def listen(
     module:nn.Module, # any network
     heard:list,       # gets (name, layer, input, output) of each convolution and linear layer, in order
 ):
-    "While this is open, every call of a layer is noted"
+    "While this is open, the network is in eval mode and every call of a layer is noted"
     note = lambda name: lambda layer, x, y: heard.append((name, layer, x[0], y))
     hooks = [m.register_forward_hook(note(n)) for n, m in module.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    try: yield heard
-    finally: [h.remove() for h in hooks]
+    modes = [(m, m.training) for m in module.modules()]
+    try: module.eval(); yield heard
+    finally:
+        for h in hooks: h.remove()
+        for m, training in modes: m.training = training
 
 @torch.inference_mode()
 def layer_work(
@@ -88,7 +92,7 @@ def layer_work(
     x:torch.Tensor,   # a batch for it
 )->pd.DataFrame:      # layer, out (shape of a face), flops, bytes, intensity (operations per byte)
     "The work of each convolution and linear layer for this batch"
-    with listen(module.eval(), []) as heard: module(x)
+    with listen(module, []) as heard: module(x)
     size = lambda *ts: sum(t.numel()*t.element_size() for t in ts)
     rows = [dict(layer=n, out='x'.join(map(str, y.shape[1:])), flops=layer_flops(m, y), bytes=size(x, y, m.weight)) for n, m, x, y in heard]
     return pd.DataFrame(rows).assign(intensity=lambda o: o.flops/o.bytes)
@@ -135,7 +139,7 @@ def copy_rate(
     with torch_threads(threads): s = time_each(dict(copy=lambda: b.copy_(a)), repeats)
     return 2*a.numel()/s['copy'].median()
 
-# %% ../nbs/19_speed.ipynb #64b62bf9
+# %% ../nbs/19_speed.ipynb #e8de761a
 @torch.inference_mode()
 def roofline(
     module:nn.Module, # any network
@@ -145,7 +149,7 @@ def roofline(
     repeats:int=5,    # turns
 )->pd.DataFrame:      # `layer_work`, and seconds, rate and roof (operations per second), share (rate/roof)
     "Each layer timed by itself on its real input, against the limit that its intensity sets"
-    with listen(module.eval(), []) as heard: module(x)
+    with listen(module, []) as heard: module(x)
     t = time_each({name: lambda layer=layer, x=x: layer(x) for name, layer, x, _ in heard}, repeats).median()
     work = layer_work(module, x)
     work['seconds'] = t.to_numpy()
@@ -192,7 +196,7 @@ def cpu_features()->dict: # by name, True, False, or None where PyTorch does not
     asked = dict(avx512='_is_avx512_supported', avx512_bf16='_is_avx512_bf16_supported', amx='_is_amx_tile_supported')
     return {k: f() if (f := getattr(torch.cpu, v, None)) else None for k, v in asked.items()}
 
-# %% ../nbs/19_speed.ipynb #69f2862a
+# %% ../nbs/19_speed.ipynb #4820a5ba
 class Cast(nn.Module):
     "A copy of a network in another precision, which takes what the original takes"
     def __init__(self,
@@ -217,8 +221,6 @@ def dlib_bf16()->Encoder:
     "dlib's network in bfloat16, known as 'dlib-bf16'"
     return half_encoder('dlib', torch.bfloat16)
 
-register_encoder('dlib-bf16', 'facelab.speed:dlib_bf16')
-
 # %% ../nbs/19_speed.ipynb #7e5411b2
 def cpp_compiler()->str: # its path
     "The C++ compiler that `torch.compile` would use; `RuntimeError` where there is none"
@@ -235,8 +237,8 @@ def compiled_encoder(
     if e.device == 'cpu': cpp_compiler()
     return replace(e, module=torch.compile(e.module, options={} if e.device != 'cpu' else {'freezing': True}), name=f'{e.name}-compiled')
 
-# %% ../nbs/19_speed.ipynb #b4d083e2
-class Pixels(nn.Module):
+# %% ../nbs/19_speed.ipynb #2d3c643e
+class PixelNet(nn.Module):
     "An encoder's normalisation and network in one: uint8 (n, size, size, 3) to float (n, dim)"
     def __init__(self,
         encoder:Encoder, # whose network
@@ -311,14 +313,14 @@ def onnx_encoder(
     about = _about(session, path.name)
     return Encoder(OnnxNet(session), **about | dict(mean=(0., 0., 0.), std=(1., 1., 1.), device='cpu'))
 
-# %% ../nbs/19_speed.ipynb #7a95e6f5
+# %% ../nbs/19_speed.ipynb #027392a5
 def _onnx_bytes(encoder, about):
     need('onnx', 'onnxscript')
     from onnx.helper import set_model_props
     from torch.onnx import export as to_onnx
     x = torch.zeros(2, encoder.size, encoder.size, 3, dtype=torch.uint8)
-    model = to_onnx(Pixels(encoder).eval(), (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('n')},), input_names=['pixels'], output_names=['vectors'], verbose=False).model_proto
-    set_model_props(model, dict(facelab=json.dumps(about)))
+    model = to_onnx(PixelNet(encoder).eval(), (x,), dynamo=True, dynamic_shapes=({0: torch.export.Dim('n')},), input_names=['pixels'], output_names=['vectors'], verbose=False).model_proto
+    set_model_props(model, dict(facelab=json.dumps(about, default=float)))
     return model.SerializeToString()
 
 def check_parity(
@@ -342,13 +344,14 @@ def export_onnx(
     "Write the encoder as an ONNX file that takes pixels, and put it in place only if it gives the same numbers"
     e = get_encoder(encoder)
     if isinstance(e.module, OnnxNet): raise ValueError(f'{e.name} is an ONNX file already: copy it')
+    if e.device != 'cpu': e = replace(e, module=deepcopy(e.module), device='cpu')
     about = {k: getattr(e, k) for k in _fields} | dict(name=name or f'{e.name}-onnx')
     with whole_file(path) as temporary:
         need('onnxruntime'); temporary.write_bytes(_onnx_bytes(e, about))
         check_parity(e, onnx_encoder(temporary), tolerance)
     return Path(path)
 
-# %% ../nbs/19_speed.ipynb #523893f5
+# %% ../nbs/19_speed.ipynb #0b2e9ac9
 class FaceReader:
     "Hands out pictures in batches, the way ONNX Runtime's calibration asks for them"
     def __init__(self,
@@ -374,7 +377,7 @@ def quantise_onnx(
     with whole_file(path) as temporary, tempfile.TemporaryDirectory() as d:
         prepared, reader = f'{d}/prepared.onnx', FaceReader(faces, e.size)
         shapes.quant_pre_process(str(source), prepared, skip_symbolic_shape=True)
-        quantization.quantize_static(prepared, str(temporary), reader, per_channel=True, op_types_to_quantize=['Conv', 'Relu', 'Add', 'MaxPool'])
+        quantization.quantize_static(prepared, str(temporary), reader, activation_type=quantization.QuantType.QUInt8, per_channel=True, op_types_to_quantize=['Conv', 'Relu', 'Add', 'MaxPool'])
         model = onnx.load(str(temporary))
         about = json.loads({p.key: p.value for p in model.metadata_props}['facelab']) | dict(name=name)
         onnx.helper.set_model_props(model, dict(facelab=json.dumps(about)))

@@ -13,7 +13,7 @@ from facelab.crop import crop_folder, crops_of
 from facelab.embed import recipe
 from facelab.finetune import (Angles, Descriptor, GroupRates, MarginLoss, Through, adapt, all_scores, blend_curve, blend_weights, check_chips,
                               dlib_resnet, dlib_split, dlib_stats, exam, exam_table, face_dls, face_learner, head_learner, imprint, night_photo,
-                              one_cycle, paired_change, separation, smooth_photo, threshold_from, tuned_encoder, vectors_of)
+                              one_cycle, paired_change, smooth_photo, threshold_from, tuned_encoder, vectors_of)
 from facelab.images import load_image
 from facelab.metrics import eer
 from facelab.models.dlib_resnet import dlib_encoder
@@ -199,7 +199,7 @@ def test_exam_needs_five_people():
     with pytest.raises(ValueError, match='five'): exam(np.eye(8), np.repeat(list('abcd'), 2))
 
 
-def test_separation_and_change():
+def test_exam_and_change():
     names = np.repeat(list('abcdef'), 3)
     rng = np.random.default_rng(0)
     same = names[:, None] == names
@@ -208,9 +208,8 @@ def test_separation_and_change():
     assert paired_change(good, good, names, n_boot=10) == (0, 0, 0)
     up, down = paired_change(good, bad, names, n_boot=40), paired_change(bad, good, names, n_boot=40)
     assert up[0] > 0 and up[1] > 0 and np.allclose(up, [-down[0], -down[2], -down[1]])
-    assert separation([3, 5, 0, 2], [1, 1, 0, 0]) == 3
     table = exam(good, names, threshold=.5, n_boot=20)
-    assert list(table.index) == ['eer', 'separation', 'false matches', 'false non-matches', 'rank-1'] and table.value.eer == 0 and table.attrs['pairs'] == 153
+    assert list(table.index) == ['eer', 'false matches', 'false non-matches', 'rank-1'] and table.value.eer == 0 and table.attrs['pairs'] == 153
     assert (table.lo <= table.value).all() and (table.value <= table.hi).all()
     assert exam_table(dict(x=table)).loc['x', 'rank-1'].startswith('1.000 [')
 

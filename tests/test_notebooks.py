@@ -164,7 +164,7 @@ def test_every_lesson_has_its_module():
     for path in NOTEBOOKS:
         source = '\n'.join(c.source for c in read_nb(path).cells if c.cell_type == 'code')
         name = re.search(r'^#\s*\|\s*default_exp:?\s+(\S+)', source, flags=re.M)
-        if path.stem != 'index': assert re.fullmatch(r'\d\d_' + re.escape(name[1]), path.stem), path.name
+        if path.stem != 'index': assert re.fullmatch(r'\d\d[a-z]?_' + re.escape(name[1]), path.stem), path.name
 
 
 # ---- README.md

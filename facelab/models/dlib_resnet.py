@@ -182,7 +182,7 @@ def add_padded(
     grow = lambda t: F.pad(t, (0, w - t.shape[3], 0, h - t.shape[2], 0, c - t.shape[1]))
     return grow(a) + grow(b)
 
-# %% ../../nbs/10_models.dlib_resnet.ipynb #9d693a06
+# %% ../../nbs/10_models.dlib_resnet.ipynb #caee0f2b
 class DlibBlock(nn.Module):
     "Two convolutions beside a skip; `down` halves the picture"
     def __init__(self,
@@ -196,10 +196,10 @@ class DlibBlock(nn.Module):
         self.conv1, self.conv2 = ConvAffine(ni, nf, 3, 2 if down else 1, fold), ConvAffine(nf, nf, 3, 1, fold)
 
     def forward(self, x):
-        y = self.conv2(F.relu(self.conv1(x)))
-        return F.relu(add_padded(y, F.avg_pool2d(x, 2) if self.down else x))
+        y, skip = self.conv2(F.relu(self.conv1(x), inplace=True)), F.avg_pool2d(x, 2) if self.down else x
+        return F.relu(y.add_(skip) if y.shape == skip.shape else add_padded(y, skip), inplace=True)
 
-# %% ../../nbs/10_models.dlib_resnet.ipynb #a381f1df
+# %% ../../nbs/10_models.dlib_resnet.ipynb #530faba1
 def _level(ni, nf, n, down, fold): return [DlibBlock(nf if i else ni, nf, down and not i, fold) for i in range(n)]
 
 class DlibResNet(nn.Module):
@@ -208,7 +208,7 @@ class DlibResNet(nn.Module):
         fold=True, # True: fast form, affine layers multiplied into the convolutions; False: as trained
     ):
         super().__init__()
-        self.stem = nn.Sequential(ConvAffine(3, 32, 7, 2, fold), nn.ReLU(), nn.MaxPool2d(3, 2))
+        self.stem = nn.Sequential(ConvAffine(3, 32, 7, 2, fold), nn.MaxPool2d(3, 2), nn.ReLU(inplace=True))
         self.early = nn.Sequential(*_level(32, 32, 3, False, fold), *_level(32, 64, 4, True, fold), *_level(64, 128, 3, True, fold))
         self.late = nn.Sequential(*_level(128, 256, 3, True, fold), *_level(256, 256, 1, True, fold))
         self.fc = nn.Linear(256, 128, bias=False)
