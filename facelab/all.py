@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #91bbfca8
+# %% ../nbs/99_all.ipynb #317098eb
 import warnings
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -13,13 +13,19 @@ with warnings.catch_warnings(action='ignore', category=FutureWarning): from fast
 from .images import *
 from .datasets import *
 from .detect import *
+from .workers import *
 from .crop import *
 from .pairs import *
 from .train import *
+from .batches import *
 from .embed import *
 from .metrics import *
 from .gallery import *
 from .models.dlib_resnet import *
+from .models.dlib_mmod import *
+from .folder import *
+from .finetune import *
+from .speed import *
 from .demo import *
 
 # %% ../nbs/99_all.ipynb #6cca8f99

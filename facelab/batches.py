@@ -62,7 +62,7 @@ def crops_key(
     "A fingerprint of files and size; touch one file, and it is another"
     return hashlib.sha256(repr(([_stamp(p) for p in paths], size)).encode()).hexdigest()[:16]
 
-# %% ../nbs/05b_batches.ipynb #dca43297
+# %% ../nbs/05b_batches.ipynb #8b2ad31c
 def _rows(paths, size, reasons):
     "The pixels of each path in turn, black where it cannot be read; fills the list `reasons`"
     for p in paths:
@@ -83,7 +83,7 @@ def _write(file, paths, size):
 
 def _open(file, n):
     "Array and reasons, or nothing when the files are missing, damaged or of another length"
-    try: pixels, reasons = np.load(file, mmap_mode='r'), json.loads(file.with_suffix('.json').read_text())
+    try: pixels, reasons = np.load(file, mmap_mode='r', allow_pickle=False), json.loads(file.with_suffix('.json').read_text())
     except (OSError, ValueError): return None
     return (pixels, reasons) if len(pixels) == len(reasons) == n else None
 
@@ -103,7 +103,7 @@ def cache_crops(
     status = np.where([not o for o in reasons], 'ok', 'bad image')
     return pixels, pd.DataFrame(dict(path=paths, person=table.person.to_numpy(), row=range(len(paths)), status=status, reason=reasons))
 
-# %% ../nbs/05b_batches.ipynb #ba58fb74
+# %% ../nbs/05b_batches.ipynb #29bd718f
 class CropSet:
     "Faces and the numbers of their people; takes a row number or a list of them"
     loss_func = CrossEntropyLossFlat()
@@ -111,8 +111,11 @@ class CropSet:
         pixels,  # uint8 (n, h, w, 3), see `cache_crops`
         rows,    # (m,) which of its rows belong to this set
         labels,  # (m,) whole numbers, who it is
-    ): self.pixels, self.rows, self.labels = pixels, np.asarray(rows, dtype=int), torch.as_tensor(np.asarray(labels)).long()
-    def new_empty(self): return CropSet(self.pixels[:1], [], [])
+        vocab=(),# the names that the numbers stand for
+    ):
+        self.pixels, self.rows, self.labels = pixels, np.asarray(rows, dtype=int), torch.as_tensor(np.asarray(labels)).long()
+        self.vocab, self.c = list(vocab), len(vocab)
+    def new_empty(self): return CropSet(np.zeros((0, *self.pixels.shape[1:]), np.uint8), [], [], self.vocab)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i):
         x = torch.from_numpy(np.array(self.pixels[self.rows[i]]))
@@ -214,7 +217,7 @@ def person_order(
     group = t.groupby(['person', t.groupby('person').cumcount()//m]).ngroup().to_numpy()
     return t.row.iloc[rng.permutation(group.max() + 1)[group].argsort(kind='stable')].tolist()
 
-# %% ../nbs/05b_batches.ipynb #77dfccea
+# %% ../nbs/05b_batches.ipynb #6164e4d5
 def _check_faces(t, name, per_person):
     "A `ValueError` that says why these faces cannot be fed"
     if 'row' not in t: raise ValueError(f'the {name} table has no column `row`; take it from the report of `cache_crops`')
@@ -223,6 +226,8 @@ def _check_faces(t, name, per_person):
     if per_person is None: return
     if t.person.nunique() < 2: raise ValueError(f'pairs for {name} need two people, this table has {t.person.nunique()}')
     if t.person.value_counts().max() < 2: raise ValueError(f'pairs for {name} need somebody with two photos, here everybody has one')
+
+def _in_groups(rows, people, m): return person_order(people, m)
 
 def crop_dls(
     pixels,               # uint8 (n, h, w, 3), from `cache_crops`
@@ -237,15 +242,13 @@ def crop_dls(
     for t, name in ((train, 'training'), (valid, 'validation')): _check_faces(t, name, per_person)
     if per_person is not None: valid = valid.sort_values('person', kind='stable')
     vocab = sorted({*train.person, *valid.person})
-    sets = [CropSet(pixels, t.row, [vocab.index(o) for o in t.person]) for t in (train, valid)]
+    sets = [CropSet(pixels, t.row, [vocab.index(o) for o in t.person], vocab) for t in (train, valid)]
     after = [IntToFloatTensor(), *([BatchAugment()] if batch_tfms is None else batch_tfms), Normalize.from_stats(*stats)]
-    order = {} if per_person is None else dict(shuffle_fn=lambda _: person_order(sets[0].labels, per_person))
+    order = {} if per_person is None else dict(shuffle_fn=partial(_in_groups, people=sets[0].labels, m=per_person))
     first = CropDL(sets[0], bs=min(bs, len(train)), shuffle=True, drop_last=True, num_workers=0, after_batch=after, **order)
     second = CropDL(sets[1], bs=bs, num_workers=0, after_batch=after)
     for s, dl in enumerate((first, second)): dl.dataset.split_idx = s
-    dls = DataLoaders(first, second, device=default_device())
-    dls.vocab, dls.c = vocab, len(vocab)
-    return dls
+    return DataLoaders(first, second, device=default_device())
 
 # %% ../nbs/05b_batches.ipynb #5250e157
 def lay_out(

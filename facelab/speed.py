@@ -270,7 +270,7 @@ def whole_file(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/19_speed.ipynb #4b6f8363
+# %% ../nbs/19_speed.ipynb #cb22aefb
 class OnnxNet(nn.Module):
     "A session of ONNX Runtime that looks like a network: pixels as floats (n, 3, size, size) to (n, dim)"
     def __init__(self,
@@ -288,6 +288,7 @@ def onnx_session(
     ort, = need('onnxruntime')
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     try: return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception: raise ValueError(f'{name}: not a usable ONNX file: cut short, damaged or something else') from None
 

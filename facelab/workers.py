@@ -32,7 +32,7 @@ def _pool(workers, setup, args):
     threads = max(1, cores()//workers)
     return get_reusable_executor(workers, timeout=120, initializer=setup, initargs=args, env=dict(OMP_NUM_THREADS=str(threads)))
 
-# %% ../nbs/02b_workers.ipynb #f3c78ee0
+# %% ../nbs/02b_workers.ipynb #00640ef9
 class WorkerDied(RuntimeError):
     "Stands where a result should be: the process working on this item was killed, and killed again when it was tried alone"
 
@@ -42,14 +42,16 @@ def _submit(work, items, pool):
         future = Future(); future.set_exception(e)
         return future
 
+def _died(future):
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+    return isinstance(future.exception(), TerminatedWorkerError)
+
 def _alone(work, items, pool):
     for item in items:
-        try: yield item, _submit(work, [item], pool).result()[0]
-        except BrokenExecutor: yield item, WorkerDied('the process working on it died, twice')
+        future = _submit(work, [item], pool)
+        yield item, WorkerDied('the process working on it died, twice') if _died(future) else future.result()[0]
 
-# %% ../nbs/02b_workers.ipynb #dab51ece
-def _died(future): return isinstance(future.exception(), BrokenExecutor)
-
+# %% ../nbs/02b_workers.ipynb #b1ee7826
 def _spread(work, waiting, pool, most):
     running = {}
     while True:

@@ -68,6 +68,17 @@ def test_errors_come_out_and_the_pool_lives(workers):
     assert dict(share(squares, range(5), workers)) == {i: i*i for i in range(5)}
 
 
+class Unsendable:
+    def __reduce__(self): return int, ('no number',)
+
+
+def test_work_that_cannot_be_sent_is_an_error_and_no_death():
+    thing = Unsendable()
+    with pytest.raises(Exception, match='serialize|no number') as e: list(share(lambda xs: [thing]*len(xs), range(3), workers=2))
+    assert not isinstance(e.value, WorkerDied)
+    assert dict(share(squares, range(5), workers=2)) == {i: i*i for i in range(5)}
+
+
 def test_refused():
     with pytest.raises(ValueError, match='at least one'): list(share(squares, [1], workers=0))
     assert list(chunks(range(3), 2)) == [[0, 1], [2]] and cores() >= 1

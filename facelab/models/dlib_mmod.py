@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_mmod', 'fold_norm', 'OneFilter', 'mmod_net', 'Canvas', 'pyramid_canvas', 'tile_pyramid', 'places_to_boxes',
-           'suppress', 'double_size', 'Mmod', 'cnn_many', 'cnn', 'adaptive_many', 'adaptive', 'compare_boxes']
+           'suppress', 'double_size', 'in_strips', 'Mmod', 'cnn_many', 'cnn', 'adaptive_many', 'adaptive',
+           'compare_boxes']
 
 # %% ../../nbs/16_models.dlib_mmod.ipynb #46ab26a6
 from functools import cache, lru_cache
@@ -190,7 +191,18 @@ def double_size(
     x = F.interpolate(photos.permute(0, 3, 1, 2).float(), size=(2*h + 1, 2*w + 2), mode='bilinear', align_corners=True)
     return (x + 1e-4).to(torch.uint8).permute(0, 2, 3, 1)
 
-# %% ../../nbs/16_models.dlib_mmod.ipynb #c70fc28d
+# %% ../../nbs/16_models.dlib_mmod.ipynb #966c9c4f
+def in_strips(
+    net:nn.Module,      # as `mmod_net` gives it
+    tiles:torch.Tensor, # (n, 3, height, width)
+    step:int,           # rows of the output per strip
+)->torch.Tensor:        # (n, 1, rows, columns)
+    "The network's output, computed strip by strip in little memory"
+    n = (tiles.shape[2] - 29)//8 + 1
+    edges = [(a, min(n, a + step), max(0, a - 10)) for a in range(0, n, step)]
+    return torch.cat([net(tiles[:, :, 8*lo:8*(min(n, b + 10) - 1) + 29])[:, :, a - lo:b - lo] for a, b, lo in edges], 2)
+
+# %% ../../nbs/16_models.dlib_mmod.ipynb #d1137c8a
 class Mmod:
     "dlib's CNN face detector"
     def __init__(self,
@@ -208,8 +220,9 @@ class Mmod:
     @torch.inference_mode()
     def scores(self, photos):
         "Network output for a uint8 tensor (n, h, w, 3), float32 (n, rows, columns)"
-        n = max(1, self.pixels//(pyramid_canvas(*photos.shape[1:3])[0]*pyramid_canvas(*photos.shape[1:3])[1]))
-        parts = [self.net(tile_pyramid(o.to(self.device), self.mean).to(self.dtype)) for o in photos.split(n)]
+        height, width, _ = pyramid_canvas(*photos.shape[1:3])
+        n, step = max(1, self.pixels//(height*width)), max(20, self.pixels//(2*width))
+        parts = [in_strips(self.net, tile_pyramid(o.to(self.device), self.mean).to(self.dtype), step) for o in photos.split(n)]
         return torch.cat(parts).float()[:, 0].cpu().numpy()
 
 # %% ../../nbs/16_models.dlib_mmod.ipynb #6294ce40
