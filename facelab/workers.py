@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['cores', 'chunks', 'WorkerDied', 'share']
 
-# %% ../nbs/02b_workers.ipynb #b898efd4
-from collections import deque
+# %% ../nbs/02b_workers.ipynb #c797f1b7
+import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from itertools import islice
@@ -26,9 +26,10 @@ def chunks(
     items = iter(items)
     while chunk := list(islice(items, size)): yield chunk
 
-# %% ../nbs/02b_workers.ipynb #39cb7381
+# %% ../nbs/02b_workers.ipynb #946408c7
 def _pool(workers, setup, args):
     from joblib.externals.loky import get_reusable_executor
+    warnings.filterwarnings('ignore', message='A worker stopped while some jobs were given')
     threads = max(1, cores()//workers)
     return get_reusable_executor(workers, timeout=120, initializer=setup, initargs=args, env=dict(OMP_NUM_THREADS=str(threads)))
 
