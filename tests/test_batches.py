@@ -1,5 +1,7 @@
 "Feeding: caches that survive bad files, orders, losses against double loops, one optimiser against the other, layouts, errors."
 import json, warnings
+from pathlib import Path
+
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
@@ -184,7 +186,8 @@ def test_augmentation_stays_in_range_and_is_seeded():
     assert torch.equal(a(TensorImage(x), split_idx=1), x)
 
 
-def test_bench_runs(tmp_path, capsys):
+def test_bench_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent)
     from bench.train import main
     main(['--size', '32', '--bs', '8', '--steps', '2', '--repeats', '1', '--threads', '1', '--json', str(tmp_path/'r.json')])
     result = json.loads((tmp_path/'r.json').read_text())
