@@ -28,18 +28,6 @@ COLUMNS = 'path person crop status reason box n_faces seconds'.split()
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def quick():
-    "A detector that knows where the face is without looking, and counts; only for `workers=1`"
-    calls = []
-    def find(image, upsample):
-        calls.append(image.shape)
-        return [Face(Box(20, 80, 90, 10), 1.)]
-    register_detector('quick', find)
-    yield calls
-    D._detectors.pop('quick')
-
-
 def run(table, dest, **kw): return crop_folder(table, dest, **{**dict(size=64, detector='quick', workers=1, progress=False), **kw})
 
 

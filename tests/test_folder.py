@@ -31,18 +31,6 @@ class Means(torch.nn.Module):
 QUICK = Encoder(Means(), 'means', 16, 3, metric='euclidean', align='margin')
 
 
-@pytest.fixture
-def quick():
-    "A detector that knows where the face is without looking, and counts; only for one process"
-    calls = []
-    def find(image, upsample):
-        calls.append(image.shape)
-        return [Face(Box(20, 80, 90, 10), 1.)]
-    register_detector('quick', find)
-    yield calls
-    D._detectors.pop('quick')
-
-
 def run(source, dest=None, **kw): return embed_folder(source, dest, **{**dict(encoder=QUICK, detector='quick', workers=1), **kw})
 
 
