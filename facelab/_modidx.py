@@ -244,7 +244,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'facelab.folder': { 'facelab.folder._check': ('folder.html#_check', 'facelab/folder.py'),
                                 'facelab.folder._collect': ('folder.html#_collect', 'facelab/folder.py'),
                                 'facelab.folder._cut': ('folder.html#_cut', 'facelab/folder.py'),
-                                'facelab.folder._encode': ('folder.html#_encode', 'facelab/folder.py'),
                                 'facelab.folder._groups': ('folder.html#_groups', 'facelab/folder.py'),
                                 'facelab.folder._keep': ('folder.html#_keep', 'facelab/folder.py'),
                                 'facelab.folder._kept': ('folder.html#_kept', 'facelab/folder.py'),

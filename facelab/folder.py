@@ -56,15 +56,14 @@ def find_faces(
         else:
             for r in rows: find_faces([r], detector, upsample)
 
-# %% ../nbs/17_folder.ipynb #86b0d2c5
+# %% ../nbs/17_folder.ipynb #813e741b
 def _cut(row, encoder, which):
     row['n_faces'] = len(row['faces'])
     if not row['faces'] and row['status'] == 'ok': row.update(status='no face')
     row['faces'] = row['faces'][:1] if which == 'largest' else row['faces']
-    return [cut_face(row['image'], f, encoder.align, encoder.size) for f in row['faces']]
-
-def _encode(encoder, chips):
-    return encoder.encode(chips, bs=max(1, len(chips)))
+    try: return [cut_face(row['image'], f, encoder.align, encoder.size) for f in row['faces']]
+    except Exception as e: row.update(faces=[], status='failed', reason=f'{type(e).__name__}: {e}')
+    return []
 
 def _slim(row, vectors):
     boxes = [[round(v*row['scale']) for v in f.box] for f in row['faces']]
@@ -84,7 +83,7 @@ def measure_photos(
     rows = [load_photo(p, max_side) | dict(faces=[], n_faces=0) for p in paths]
     for group in _groups(rows): find_faces(group, detector, upsample)
     chips = [_cut(r, e, faces) if r['image'] is not None else [] for r in rows]
-    vectors = _encode(e, [c for cs in chips for c in cs])
+    vectors = e.encode([c for cs in chips for c in cs], bs=48)
     ends = np.cumsum([len(c) for c in chips])
     for r in rows: r['seconds'] = round((time.perf_counter() - start)/len(rows), 4)
     return [_slim(r, v) for r, v in zip(rows, np.split(vectors, ends[:-1]))]

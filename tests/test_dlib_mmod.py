@@ -15,7 +15,7 @@ from facelab.models.dlib_mmod import Mmod, OneFilter, adaptive, cnn, compare_box
 
 @pytest.fixture(scope='module')
 def theirs():
-    dlib = pytest.importorskip('dlib')
+    import dlib
     return dlib.cnn_face_detection_model_v1(str(dlib_file('mmod_human_face_detector.dat')))
 
 

@@ -56,7 +56,7 @@ def test_one_process_or_two(att):
 
 
 def test_same_vectors_as_face_recognition_on_its_boxes(att):
-    face_recognition = pytest.importorskip('face_recognition')
+    import face_recognition
     far = []
     for p in att.path[::20]:
         image = np.array(load_image(p))
@@ -68,7 +68,7 @@ def test_same_vectors_as_face_recognition_on_its_boxes(att):
 
 @pytest.mark.skipif(not (data_root()/'photos').is_dir(), reason='group photos are not in FACELAB_DATA')
 def test_never_fewer_faces_than_face_recognition_in_group_photos():
-    face_recognition = pytest.importorskip('face_recognition')
+    import face_recognition
     paths = [p for p in photos_in(data_root()/'photos') if Path(p).parent.name == 'photos' and max(Image.open(p).size) < 1300]
     found = embed_folder(table(paths), faces='all', workers=1)
     theirs = [len(face_recognition.face_locations(np.array(load_image(p)))) for p in paths]
@@ -209,6 +209,15 @@ def test_failures_are_tried_again(att, tmp_path):
         broken.clear()
         assert set(run(table(att.path[:3]), tmp_path/'a.npz', detector='broken').report.status) == {'ok'}
     finally: D._detectors.pop('broken')
+
+
+def test_a_box_outside_the_photo_stops_nobody(att, tmp_path):
+    register_detector('astray', lambda image, upsample: [Face(Box(900, 990, 990, 900) if image.shape[0] == 77 else Box(20, 80, 90, 10), 1.)])
+    try:
+        Image.new('RGB', (77, 77)).save(tmp_path/'odd.png')
+        found = run(table([att.path[0], tmp_path/'odd.png', att.path[1]]), detector='astray')
+    finally: D._detectors.pop('astray')
+    assert found.report.status.tolist() == ['ok', 'failed', 'ok'] and 'outside' in found.report.reason[1] and len(found) == 2
 
 
 def test_a_deadly_photo(att, tmp_path):
