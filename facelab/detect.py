@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Box', 'iou', 'Face', 'dlib_file', 'five_points', 'face_at', 'hog', 'cnn_dlib', 'register_detector', 'detectors',
-           'get_detector', 'detect', 'detect_many', 'show_detections', 'first_of']
+           'get_detector', 'detect', 'detect_many', 'choose_faces', 'show_detections', 'first_of']
 
 # %% ../nbs/02_detect.ipynb #956d0a14
 from collections.abc import Callable
@@ -171,6 +171,18 @@ def detect_many(
     find = get_detector(detector)
     found = find.many(images, upsample) if hasattr(find, 'many') else [find(o, upsample) for o in images]
     return [sorted(faces, key=lambda f: f.box.area, reverse=True) for faces in found]
+
+# %% ../nbs/02_detect.ipynb #e7063db2
+def choose_faces(
+    faces:list[Face], # of one photo, largest first
+    which:str,        # 'largest', 'central' (its middle nearest to the middle of the photo) or 'all'
+    size:tuple,       # (width, height) of the photo, pixels
+)->list:              # one face, or all; empty when there is none
+    "The faces that a question is about"
+    if which not in ('largest', 'central', 'all'): raise ValueError(f"faces is 'largest', 'central' or 'all', not {which!r}")
+    def off_centre(f): return np.hypot(f.box.left + f.box.right - size[0], f.box.top + f.box.bottom - size[1])
+    if which == 'central': faces = sorted(faces, key=off_centre)
+    return faces if which == 'all' else faces[:1]
 
 # %% ../nbs/02_detect.ipynb #dfc0f4e5
 def show_detections(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_photo', 'find_faces', 'measure_photos', 'photo_key', 'write_row', 'read_row', 'read_done', 'embed_folder']
 
-# %% ../nbs/17_folder.ipynb #6669439e
+# %% ../nbs/17_folder.ipynb #5521b842
 import base64, json, os, time
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +17,7 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 
 from .crop import cut_face
-from .detect import Box, detect_many, get_detector, register_detector
+from .detect import Box, choose_faces, detect_many, get_detector, register_detector
 from .embed import Embeddings, _makers, get_encoder, load_npz, photo_table, recipe, register_encoder, save_npz
 from .images import BadImage, load_scaled
 from .workers import WorkerDied, cores, share
@@ -56,11 +56,12 @@ def find_faces(
         else:
             for r in rows: find_faces([r], detector, upsample)
 
-# %% ../nbs/17_folder.ipynb #813e741b
+# %% ../nbs/17_folder.ipynb #51e399dd
 def _cut(row, encoder, which):
     row['n_faces'] = len(row['faces'])
     if not row['faces'] and row['status'] == 'ok': row.update(status='no face')
-    row['faces'] = row['faces'][:1] if which == 'largest' else row['faces']
+    height, width = row['image'].shape[:2]
+    row['faces'] = choose_faces(row['faces'], which, (width, height))
     try: return [cut_face(row['image'], f, encoder.align, encoder.size) for f in row['faces']]
     except Exception as e: row.update(faces=[], status='failed', reason=f'{type(e).__name__}: {e}')
     return []
@@ -70,21 +71,27 @@ def _slim(row, vectors):
     return dict(status=row['status'], reason=row['reason'], n_faces=row['n_faces'], boxes=boxes, scores=[round(f.score, 4) for f in row['faces']],
                 vectors=vectors, seconds=row['seconds'])
 
+def _loaded(rows, max_side):
+    for r in rows:
+        r.update(load_photo(r['path'], max_side))
+        yield r
+
 def measure_photos(
     paths:list,       # photo files
     encoder,          # an `Encoder`, or the name of one
     detector:str='adaptive', # a name from `detectors()`
     upsample:int=1,   # see `detect`
-    faces:str='largest', # 'largest' of each photo, or 'all'
+    faces:str='largest', # of each photo: 'largest', 'central' or 'all', see `choose_faces`
     max_side:int=3000,# longest side to work with, pixels
 )->list:              # per photo: status, reason, n_faces, boxes, scores, vectors float32 (k, dim), seconds
     "The whole way from a handful of photo files to vectors; never raises because of a photo"
     e, start = get_encoder(encoder), time.perf_counter()
-    rows = [load_photo(p, max_side) | dict(faces=[], n_faces=0) for p in paths]
-    for group in _groups(rows): find_faces(group, detector, upsample)
-    chips = [_cut(r, e, faces) if r['image'] is not None else [] for r in rows]
-    vectors = e.encode([c for cs in chips for c in cs], bs=48)
-    ends = np.cumsum([len(c) for c in chips])
+    rows = [dict(path=p, faces=[], n_faces=0, chips=[]) for p in paths]
+    for group in _groups(_loaded(rows, max_side)):
+        find_faces(group, detector, upsample)
+        for r in group: r.update(chips=_cut(r, e, faces), image=None)
+    vectors = e.encode([c for r in rows for c in r['chips']], bs=48)
+    ends = np.cumsum([len(r['chips']) for r in rows])
     for r in rows: r['seconds'] = round((time.perf_counter() - start)/len(rows), 4)
     return [_slim(r, v) for r, v in zip(rows, np.split(vectors, ends[:-1]))]
 
@@ -199,9 +206,9 @@ def _keep(found, keys, done, dest):
     save_npz(dest, recipe=np.array(json.dumps(found.recipe)), rows=np.array(json.dumps(rows)), **extra)
     _log_of(dest).unlink(missing_ok=True)
 
-# %% ../nbs/17_folder.ipynb #7ee7bf72
+# %% ../nbs/17_folder.ipynb #2ae97a22
 def _check(table, faces, max_side):
-    if faces not in ('largest', 'all'): raise ValueError(f"faces is 'largest' or 'all', not {faces!r}")
+    choose_faces([], faces, (0, 0))
     if max_side < 80: raise ValueError(f'no detector finds a face in {max_side} pixels; max_side is 80 or more')
     if '' in set(table.path): raise ValueError('embed_folder reads files; give images that are already in memory to measure_faces of your own, or to embed after cropping')
 
@@ -211,7 +218,7 @@ def embed_folder(
     encoder=None,       # an `Encoder` or the name of one; None: 'dlib'
     detector:str='adaptive', # a name from `detectors()`
     upsample:int=1,     # see `detect`
-    faces:str='largest',# 'largest' of each photo, or 'all'; `names` are those of the photo
+    faces:str='largest',# of each photo: 'largest', 'central' or 'all'; `names` are those of the photo
     max_side:int=3000,  # larger photos are worked on at this size, pixels
     workers:int|None=None,   # processes; None: one per core, fewer for a few photos
     progress=None,      # show photos a second and time left? None: yes, except in tests
