@@ -239,7 +239,7 @@ def embed_folder(
     if dest and (todo or not dest.exists()): _keep(found, keys, done, dest)
     return found
 
-# %% ../nbs/17_folder.ipynb #556fd73e
+# %% ../nbs/17_folder.ipynb #14023be6
 def cache_root()->Path:
     "The folder for what can be made again: `FACELAB_CACHE` if set, else `~/.cache/facelab`"
     return Path(os.environ.get('FACELAB_CACHE') or '~/.cache/facelab').expanduser()
@@ -250,10 +250,10 @@ def weights_digest(
     "A short name for exactly these weights and this treatment of pixels"
     e = get_encoder(encoder)
     digest = sha1(repr((e.name, e.size, e.dim, e.metric, e.align, e.mean, e.std)).encode())
-    for name, v in e.module.state_dict().items(): digest.update(name.encode() + v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, v in e.module.state_dict().items(): digest.update(name.encode() + v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:10]
 
-# %% ../nbs/17_folder.ipynb #ab68bff4
+# %% ../nbs/17_folder.ipynb #85b01a44
 def embed_cached(
     source,             # folder (NAME/*.jpg or flat), or a table with `path` (and `person`)
     encoder=None,       # an `Encoder` or the name of one; None: 'dlib'
@@ -268,7 +268,8 @@ def embed_cached(
     parts = (get_encoder(encoder).name, weights_digest(encoder), detector, upsample, faces)
     dest = cache_root()/('-'.join(map(str, parts)) + '.npz')
     known = Embeddings.load(dest) if dest.exists() else Embeddings(np.zeros((0, 1)), [], {}, [])
-    extra = [(p, n) for p, n in dict(zip(known.paths, known.names)).items() if p not in set(table.path) and os.path.exists(p)]
+    asked = set(table.path)
+    extra = [(p, n) for p, n in zip(known.paths, known.names) if p not in asked and os.path.exists(p)]
     both = pd.concat([table[['path', 'person']], pd.DataFrame(extra, columns=['path', 'person'])], ignore_index=True)
     every = embed_folder(both, dest, encoder, detector, upsample, faces, progress=progress)
     report = every.report[:len(table)]

@@ -270,14 +270,17 @@ def whole_file(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/19_speed.ipynb #cb22aefb
+# %% ../nbs/19_speed.ipynb #0010bec3
 class OnnxNet(nn.Module):
     "A session of ONNX Runtime that looks like a network: pixels as floats (n, 3, size, size) to (n, dim)"
     def __init__(self,
-        session, # onnxruntime.InferenceSession of a file that `export_onnx` has written
+        data:bytes,       # contents of a file that `export_onnx` has written
+        name:str='data',  # what error messages call it
     ):
         super().__init__()
-        self.session = session
+        self.session, self.name = onnx_session(data, name), name
+        self.register_buffer('file', torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    def __reduce__(self): return OnnxNet, (self.file.numpy().tobytes(), self.name)
     def forward(self, x): return torch.from_numpy(self.session.run(None, {'pixels': x.permute(0, 2, 3, 1).to('cpu', torch.uint8).contiguous().numpy()})[0])
 
 def onnx_session(
@@ -292,7 +295,7 @@ def onnx_session(
     try: return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception: raise ValueError(f'{name}: not a usable ONNX file: cut short, damaged or something else') from None
 
-# %% ../nbs/19_speed.ipynb #678b8fb3
+# %% ../nbs/19_speed.ipynb #f0200d34
 _fields = dict(name=str, size=int, dim=int, metric=str, align=str, licence=str, mean=list, std=list, threshold=(float, int, type(None)))
 
 def _about(session, name):
@@ -310,9 +313,9 @@ def onnx_encoder(
     "An encoder that runs an ONNX file; `ValueError` when the file is damaged or foreign"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    session = onnx_session(path.read_bytes(), path.name)
-    about = _about(session, path.name)
-    return Encoder(OnnxNet(session), **about | dict(mean=(0., 0., 0.), std=(1., 1., 1.), device='cpu'))
+    net = OnnxNet(path.read_bytes(), path.name)
+    about = _about(net.session, path.name)
+    return Encoder(net, **about | dict(mean=(0., 0., 0.), std=(1., 1., 1.), device='cpu'))
 
 # %% ../nbs/19_speed.ipynb #027392a5
 def _onnx_bytes(encoder, about):
