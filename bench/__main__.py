@@ -3,7 +3,7 @@
     python -m bench [--dest DIR] [--summary]
 
 Each writes DIR/NAME.json (default: bench-results/). The table goes to nbs/images/speed.csv, which the README shows.
-With --summary nothing is measured; the table is made from what is in DIR. About a quarter of an hour on two cores.
+With --summary nothing is measured; the table is made from what is in DIR. About twenty minutes on two cores.
 """
 import argparse
 import json
@@ -15,7 +15,7 @@ import pandas as pd
 
 from facelab.datasets import data_root
 
-RUNS = {'encode': 'encode', 'detect': 'detect', 'att': 'folder --data att --hog --floor', 'lfw': 'folder --data lfw --hog', 'train': 'train --bf16'}
+RUNS = {'encode': 'encode', 'detect': 'detect', 'att': 'folder --data att --hog --floor', 'lfw': 'folder --data lfw --hog', 'train': 'train', 'metrics': 'metrics'}
 
 
 def load(dest, name):
@@ -26,7 +26,7 @@ def load(dest, name):
 def rows(dest):
     "One row per claim: what, milliseconds of the other side and of facelab, ratio, command"
     def row(what, theirs, ours, name, unit='ms'):
-        return {'what': what, 'the other': f'{theirs:.1f} {unit}', 'facelab': f'{ours:.1f} {unit}', 'ratio': f'{(theirs/ours if unit == "ms" else ours/theirs):.1f}', 'command': f'python -m bench.{RUNS[name].split(" --hog")[0].split(" --bf16")[0]}'}
+        return {'what': what, 'the other': f'{theirs:.1f} {unit}', 'facelab': f'{ours:.1f} {unit}', 'ratio': f'{(theirs/ours if unit == "ms" else ours/theirs):.1f}', 'command': f'python -m bench.{RUNS[name].split(" --hog")[0]}'}
     if r := load(dest, 'encode'):
         ms = r['milliseconds']
         theirs = ms['face_encodings, given boxes']
@@ -41,8 +41,11 @@ def rows(dest):
     if r := load(dest, 'train'):
         speed = r['images_per_second']
         plain = max(v for k, v in speed.items() if k.startswith('plain'))
-        yield row('training ResNet34, 224 pixels', plain, speed['facelab, classifier'], 'train', 'images/s')
-        if fast := speed.get('facelab, classifier, bfloat16'): yield row('the same in bfloat16 (other arithmetic)', plain, fast, 'train', 'images/s')
+        yield row('training ResNet34, 224 pixels, mixed precision where there are units for it', plain, speed['facelab, classifier'], 'train', 'images/s')
+        yield row('the same in floats on both sides', plain, speed['facelab, classifier, floats'], 'train', 'images/s')
+    if r := load(dest, 'metrics'):
+        kind = min(('float64', 'float32', 'float64, ties'), key=r['ratios'].get)
+        yield row(f'ROC of {r["settings"]["scores"]:,} scores ({kind})', *(r['milliseconds'][f'{k}, {kind}'] for k in ('scikit-learn', 'facelab')), 'metrics')
 
 
 def main(argv=None):

@@ -1,9 +1,9 @@
 """How many images a second does training take in, fed by the plain fastai recipe and fed by facelab.batches?
 
-    python -m bench.train [--json FILE] [--repeats 3] [--threads 2] [--size 224] [--bs 32] [--bf16]
+    python -m bench.train [--json FILE] [--repeats 3] [--threads 2] [--size 224] [--bs 32]
 
 Both sides train the same ResNet34 from random weights, everything unfrozen, on the same crops of AT&T faces, with the same
-batch size and the same number of steps, in 32-bit floats. They take turns, so that a busy moment of the machine hits both.
+batch size and the same number of steps. They take turns, so that a busy moment of the machine hits both.
 A turn is one `Learner.fit` of a few steps; the first step of each turn, in which worker processes start, is not counted.
 
 - classifier: `DataBlock(ImageBlock, CategoryBlock)`, `Resize`, `aug_transforms()`, `vision_learner`, as in fastai's tutorials,
@@ -11,8 +11,9 @@ A turn is one `Learner.fit` of a few steps; the first step of each turn, in whic
 - pairs: the two towers of lesson 05 (`pair_dls`, bs/2 pairs a step) against all pairs of a batch (bs faces a step): equally
   many faces through the network per step. facelab learns from (bs - 1) times as many pairs; that is not counted.
 
-images/s is the batch size over the median seconds of a step. The last line is the ratio of the classifier, in 32-bit floats.
-With --bf16 a row is added for bfloat16 on facelab's side; it is other arithmetic and does not count for the last line.
+images/s is the batch size over the median seconds of a step. The last line is the ratio of the classifier as each side comes:
+fastai's recipe in 32-bit floats; facelab in mixed precision where the processor has units for bfloat16 (lesson 05b shows what
+that does to the result), else in 32-bit floats too. The ratio with 32-bit floats on both sides is printed as well.
 """
 import argparse
 import json
@@ -25,7 +26,7 @@ import torch
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
 
-from facelab.batches import StepTimer, batch_pair_learner, cache_crops, crop_dls, speed_up
+from facelab.batches import StepTimer, batch_pair_learner, bf16_units, cache_crops, crop_dls, speed_up
 from facelab.crop import crop_folder, crops_of
 from facelab.datasets import att_faces
 from facelab.pairs import make_pairs
@@ -46,7 +47,7 @@ def plain_classifier(crops, held, size, bs, workers):
     return vision_learner(block.dataloaders(crops, bs=bs, num_workers=workers), resnet34, pretrained=False, normalize=False)
 
 
-def learners(folder, size, bs, steps, bf16):
+def learners(folder, size, bs, steps):
     "Every way of feeding, by name; each has `steps` batches in an epoch"
     crops, n = some_crops(folder, steps*bs + 8, size), steps*bs
     held = list(range(n, len(crops)))
@@ -55,10 +56,10 @@ def learners(folder, size, bs, steps, bf16):
     fast = lambda **k: speed_up(vision_learner(crop_dls(pixels, train, valid, bs, batch_tfms=aug_transforms()), resnet34, pretrained=False, normalize=False), **k)
     ways = {name: plain_classifier(crops, held, size, bs, w) for name, w in zip(CLASSIFIER, (0, 2))}
     ways['facelab, classifier'] = fast()
-    if bf16: ways['facelab, classifier, bfloat16'] = fast(bf16=True)
+    ways['facelab, classifier, floats'] = fast(bf16=False)
     pairs = pair_dls(make_pairs(crops, half*steps, seed=1), make_pairs(crops, 8, seed=2), size=size, bs=half)
     ways[PAIRS[0]] = siamese_learner(pairs, init='none')
-    ways['facelab, all pairs of a batch'] = batch_pair_learner(crop_dls(pixels, train, report, bs, per_person=3), init='none')
+    ways['facelab, all pairs of a batch'] = batch_pair_learner(crop_dls(pixels, train, report, bs, per_person=3), init='none', bf16=False)
     for learn in ways.values(): learn.unfreeze()
     return ways, once/len(crops)
 
@@ -90,23 +91,22 @@ def main(argv=None):
     p.add_argument('--size', type=int, default=224, help='side of the crops, pixels')
     p.add_argument('--bs', type=int, default=32, help='faces in a step')
     p.add_argument('--steps', type=int, default=3, help='steps of a turn; the first is not counted')
-    p.add_argument('--bf16', action='store_true', help='a row for bfloat16 too')
     p.add_argument('--json', help='also write the result to this file')
     a = p.parse_args(argv)
     if a.steps*a.bs > 376: p.error('steps times batch size must not exceed 376, the crops there are')
     if a.steps < 2 or a.repeats < 1: p.error('two steps and one repeat at least: the first step of a turn is not counted')
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
-        ways, once = learners(folder, a.size, a.bs, a.steps, a.bf16)
+        ways, once = learners(folder, a.size, a.bs, a.steps)
         runs = measure(ways, a.repeats)
     speed = {k: a.bs/median(v) for k, v in runs.items()}
     ratios = dict(classifier=speed['facelab, classifier']/max(speed[k] for k in CLASSIFIER),
                   pairs=speed['facelab, all pairs of a batch']/max(speed[k] for k in PAIRS))
-    if a.bf16: ratios['classifier, bfloat16'] = speed['facelab, classifier, bfloat16']/max(speed[k] for k in CLASSIFIER)
+    ratios['classifier, floats'] = speed['facelab, classifier, floats']/max(speed[k] for k in CLASSIFIER)
     print(f'ResNet34, {a.size} pixels, {a.bs} faces a step, {len(runs[PAIRS[0]])} steps each, {a.threads} threads of PyTorch; decoding once: {1000*once:.1f} ms a crop')
     for k, v in runs.items(): print(f'{k:>32}: {speed[k]:6.2f} images/s  ({1000*median(v):.0f} ms a step, fastest {1000*min(v):.0f}, slowest {1000*max(v):.0f})')
-    print(f"classifier: {ratios['classifier']:.2f} times the images; pairs: {ratios['pairs']:.2f} times the images and {ratios['pairs']*(a.bs - 1):.0f} times the pairs")
-    if a.bf16: print(f"classifier in bfloat16, other arithmetic: {ratios['classifier, bfloat16']:.2f} times the images")
+    kind = 'mixed precision' if bf16_units() else 'floats, since this processor has no units for bfloat16'
+    print(f"classifier: {ratios['classifier']:.2f} times the images ({kind}), {ratios['classifier, floats']:.2f} with floats on both sides; pairs: {ratios['pairs']:.2f} times the images and {ratios['pairs']*(a.bs - 1):.0f} times the pairs (floats)")
     if a.json:
         with open(a.json, 'w', encoding='utf-8') as f:
             json.dump(dict(ratio=ratios['classifier'], ratios=ratios, images_per_second=speed, seconds=runs, decode_once=once, size=a.size, bs=a.bs, repeats=a.repeats, steps=a.steps, threads=a.threads), f, indent=1)

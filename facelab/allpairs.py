@@ -138,7 +138,7 @@ class PairCounts:
     def eer(self): return area_and_eer(self.steps(), self.nonmated, self.mated)[1]
     def fnmr(self, threshold): return (self.mated - self._hits(_up(threshold)))/self.mated
 
-# %% ../nbs/07c_allpairs.ipynb #480ae62e
+# %% ../nbs/07c_allpairs.ipynb #18ee4998
 def all_pairs(vectors, # (n, d) one row per photo, as `Embeddings.vectors`
               names, # (n,) who is on each photo
               metric='euclidean', # 'cosine' or 'euclidean', as the encoder says
@@ -149,6 +149,7 @@ def all_pairs(vectors, # (n, d) one row per photo, as `Embeddings.vectors`
     v = np.asarray(vectors, dtype=np.float32)
     if v.ndim != 2 or len(v) != len(names): raise ValueError(f'{len(names)} names but vectors of shape {v.shape}')
     if bad := int((~np.isfinite(v).all(1)).sum()): raise ValueError(f'{bad} of {len(v)} vectors hold NaN or infinite numbers')
+    if keep < 1: raise ValueError(f'keep at least one pair, not {keep}')
     order, who, end = group_rows(names)
     if len(v) < 2 or end[0] == len(v): raise ValueError(f'no non-mated pairs: all {len(v)} photos show one person')
     v = v[order]
@@ -185,7 +186,7 @@ def fmr(self:PairCounts, threshold): # match when score >= threshold
     rate = self.false_matches(threshold)/self.nonmated
     return rate if np.ndim(threshold) else float(rate[0])
 
-# %% ../nbs/07c_allpairs.ipynb #fc2e97d9
+# %% ../nbs/07c_allpairs.ipynb #1966814b
 @patch
 def threshold_at_fmr(self:PairCounts, fmr): # highest false match rate you accept, at least 1/number of non-mated pairs
     "The lowest observed score whose false match rate is at most `fmr`, exact"
@@ -198,7 +199,7 @@ def threshold_at_fmr(self:PairCounts, fmr): # highest false match rate you accep
     lo, hi = (np.append(np.append(-np.inf, self.cuts), np.inf)[[i + 1, j + 1]])
     between = np.concatenate([b[(b > lo) & (b < hi)] for _, _, b in self._blocks()] + [[np.float32(lo)]])
     first = min(k - np.append(self.reach, 0)[j], len(between) - 1)
-    return _lowest(between, np.float32([hi]), first)
+    return _lowest(between, np.float32([hi] if np.isfinite(hi) else []), first)
 
 @patch
 def fnmr_at_fmr(self:PairCounts, fmr): # highest false match rate you accept
@@ -241,7 +242,7 @@ def by_person(self:PairCounts, threshold, # match when score >= threshold
     both = pd.concat([false.groupby(c).false.sum() for c in ('left_person', 'right_person')]).groupby(level=0).sum()
     return pd.DataFrame(dict(photos=k, mated=k*(k - 1)//2, missed=missed, nonmated=k*(len(self.who) - k), false=both.reindex(names, fill_value=0).to_numpy()), index=names)
 
-# %% ../nbs/07c_allpairs.ipynb #25e21239
+# %% ../nbs/07c_allpairs.ipynb #259a92ce
 def _fmr_interval(false, table, level):
     "`Rate` of the false matches of all pairs, from `false_people` and `by_person`"
     k, n = table.photos.to_numpy(float), table.nonmated.sum()/2
@@ -263,6 +264,7 @@ def _fmr_interval(false, table, level):
 def intervals(self:PairCounts, threshold, # match when score >= threshold
               level=.95): # of the intervals lo..hi
     "Table fmr, fnmr with errors, pairs, people, rate, lo, hi, effective_n, as `facelab.intervals.intervals` makes it from a list of pairs"
+    self._hits(0)
     false = self.false_people(threshold)
     s, i, j = self.own
     rates = dict(fmr=_fmr_interval(false, self.by_person(threshold, false), level), fnmr=rate_interval(s < _up(threshold), self.who[i], self.who[j], level))

@@ -151,7 +151,7 @@ def fpir_by_size(scores, # (visits, people) of strangers against one reference o
     rows = [(n, fpir_from_fmr(fmr, n), v.mean(), *people_ci(v, person, level, s.size)) for n, v in zip(sizes, named)]
     return pd.DataFrame(rows, columns=['n', 'formula', 'fpir', 'lo', 'hi'])
 
-# %% ../nbs/22_ninety_nine.ipynb #b7278bf1
+# %% ../nbs/22_ninety_nine.ipynb #8af51f1a
 def plot_fpir_by_size(table, # of `fpir_by_size`
                       label='measured', # name in the legend
                       color='#0072B2', # of both lines
@@ -159,6 +159,6 @@ def plot_fpir_by_size(table, # of `fpir_by_size`
     "Measured FPIR with its interval as a band, and the formula as a dashed line"
     if ax is None: ax = plt.subplots(figsize=(6, 3.6), layout='constrained')[1]
     ax.plot(table.n, table.fpir, color=color, label=label); ax.fill_between(table.n, table.lo, table.hi, color=color, alpha=.2, lw=0)
-    ax.plot(table.n, table.formula, '--', color=color, lw=1, label=f'{label}, by the formula')
+    ax.plot(table.n, table.formula, '--', color=color, lw=1, label='1 - (1 - FMR)^N' if len(ax.lines) == 1 else None)
     ax.set(xlabel='people enrolled, one photo each', ylabel='strangers who get a name'); ax.legend(frameon=False)
     return ax

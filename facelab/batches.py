@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['StepTimer', 'crops_key', 'cache_crops', 'CropSet', 'CropDL', 'random_affine', 'apply_affine', 'random_light',
            'random_noise', 'random_holes', 'BatchAugment', 'person_order', 'crop_dls', 'lay_out', 'LayOut',
-           'keep_memory', 'KeepMemory', 'fused_step', 'FusedOptimizer', 'fused_adam', 'Bf16', 'speed_up', 'all_pairs',
-           'pair_weights', 'similarity_matrix', 'BatchPairNet', 'BatchPairLoss', 'pair_error', 'batch_pair_learner',
-           'embed_faces']
+           'keep_memory', 'KeepMemory', 'fused_step', 'FusedOptimizer', 'fused_adam', 'Bf16', 'bf16_units', 'speed_up',
+           'all_pairs', 'pair_weights', 'similarity_matrix', 'BatchPairNet', 'BatchPairLoss', 'pair_error',
+           'batch_pair_learner', 'embed_faces']
 
 # %% ../nbs/05b_batches.ipynb #21094599
 import ctypes, hashlib, json, os, time, warnings
@@ -320,7 +320,7 @@ def fused_adam(
     "fastai's Adam in one walk through memory; same defaults, same numbers"
     return FusedOptimizer(params, [fused_step], lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
 
-# %% ../nbs/05b_batches.ipynb #79817811
+# %% ../nbs/05b_batches.ipynb #012dc9fa
 class Bf16(Callback):
     "Run the network in bfloat16 where PyTorch thinks it safe; its output is float again"
     order = 10
@@ -331,11 +331,19 @@ class Bf16(Callback):
         model.forward = forward
     def after_fit(self): self.model.__dict__.pop('forward', None)
 
+def bf16_units(
+    device=None, # torch device, or None for the processor
+)->bool:
+    "Are there units that multiply matrices of bfloat16 faster than floats?"
+    if getattr(device, 'type', 'cpu') == 'cuda': return torch.cuda.get_device_capability(device)[0] >= 8
+    return bool(getattr(torch.cpu, 'get_capabilities', dict)().get('amx_bf16'))
+
 def speed_up(
     learn:Learner,    # any fastai learner
-    bf16:bool=False,  # multiply in bfloat16? faster on recent server processors only
+    bf16:bool|None=None, # multiply in bfloat16? None: where `bf16_units` are
 )->Learner:           # the same one
-    "Layout, kept memory, fused Adam; what was frozen stays frozen"
+    "Layout, kept memory, fused Adam, mixed precision where it is fast; what was frozen stays frozen"
+    if bf16 is None: bf16 = bf16_units(learn.dls.device)
     frozen = learn.opt.frozen_idx if learn.opt else 0
     if learn.opt_func is Adam: learn.opt_func, learn.opt = fused_adam, None
     learn.add_cbs([LayOut(), KeepMemory(), *([Bf16()] if bf16 else [])])
@@ -395,13 +403,13 @@ def pair_error(
     mated = all_pairs(people)[2]
     return ((logits.argmax(1) != mated.long())*pair_weights(mated)).sum()
 
-# %% ../nbs/05b_batches.ipynb #29119c42
+# %% ../nbs/05b_batches.ipynb #db3ba7a3
 def batch_pair_learner(
     dls,              # from `crop_dls(..., per_person=m)`
     arch=resnet34,    # a torchvision function
     init:str='auto',  # see `make_body`
     body=None,        # your own body instead of arch and init
-    bf16:bool=False,  # see `speed_up`
+    bf16:bool|None=None, # see `speed_up`
     **kw,             # dim, metric, scale, shift of `SiameseNet`
 )->Learner:           # with .init, the name of its start; frozen
     "All pairs of a batch, sped up"

@@ -124,7 +124,7 @@ def calibration_loss(llr, # (n,) log-likelihood ratios, natural logarithm
     "Bits lost to a wrong scale: `cllr` minus `min_cllr`"
     return cllr(llr, mated) - min_cllr(llr, mated)
 
-# %% ../nbs/07d_calibration.ipynb #3c4aa4fc
+# %% ../nbs/07d_calibration.ipynb #6b31acee
 def _logistic(x, yes, no):
     "Slope and offset of LLR = slope*x + offset; both kinds weigh 1, targets by the rule of succession"
     n1, n0 = yes.sum(), no.sum()
@@ -133,13 +133,15 @@ def _logistic(x, yes, no):
     mean, sd = x.mean(), x.std() or 1
     z = ((x - mean)/sd)[:, None]
     fit = LogisticRegression(C=np.inf, solver='newton-cholesky', tol=1e-9).fit(np.r_[z, z], np.repeat([1, 0], len(z)), np.r_[up, down])
-    slope = max(float(fit.coef_[0, 0])/sd, 1e-6)
+    slope = max(float(fit.coef_[0, 0]), 1e-6)/sd
     return slope, float(fit.intercept_[0]) - mean*slope
 
-# %% ../nbs/07d_calibration.ipynb #93465b2d
+# %% ../nbs/07d_calibration.ipynb #161d9b6d
 METHODS = 'logistic', 'isotonic'
 
-def _limits(mated, non_mated): return np.array([-np.log(mated + 1.), np.log(non_mated + 1.)])
+def _limits(seen):
+    "Floor and ceiling of the LLR: by people where they were counted, else by pairs"
+    return np.array([-np.log(seen.get('people', seen['mated']) + 1.), np.log(seen.get('pairs_of_people', seen['non_mated']) + 1.)])
 
 def _stairs(x, yes, no):
     "PAV with one mated pair more below all scores and one non-mated pair more above"
@@ -186,7 +188,7 @@ def _in_words(n):
     of = f' ({n["people"]:,} people, {n["pairs_of_people"]:,} pairs of people)' if 'people' in n else ''
     return f'{n["mated"]:,} mated and {n["non_mated"]:,} non-mated pairs{of}'
 
-# %% ../nbs/07d_calibration.ipynb #0a1bb181
+# %% ../nbs/07d_calibration.ipynb #94fa3e5c
 def _check_rising(x, yes, no):
     if len(x) == 1: raise ValueError(f'all scores are {x[0]:g}: there is nothing to calibrate')
     if _backwards(yes, no): raise ValueError('AUC below .5, mated pairs score lower: if these are distances, pass -distance, higher must mean more alike')
@@ -217,7 +219,7 @@ class Calibrator:
         _check_rising(x, yes, no)
         self.people = None if left_person is None else {str(o) for o in (*left_person, *right_person)}
         self.counts = _facts(m, left_person, right_person)
-        self.limits = _limits(*list(self.counts.values())[-2:])
+        self.limits = _limits(self.counts)
         self.x, self.y = _knots(self.method, x, yes, no, self.limits)
         self.band = self._band(s, m, left_person, right_person, n_boot, seed) if self.people and n_boot else None
         return self
@@ -298,7 +300,7 @@ def judge(self:Calibrator,
     bits = np.array(stat(llr, m))
     return pd.DataFrame(dict(bits=bits, lo=np.minimum(lo, bits), hi=np.maximum(hi, bits), mated=m.sum(), non_mated=(~m).sum()), index=['cllr', 'min_cllr', 'loss'])
 
-# %% ../nbs/07d_calibration.ipynb #0c091df6
+# %% ../nbs/07d_calibration.ipynb #a0612c20
 @patch
 def to_dict(self:Calibrator):
     "Everything but the names, as plain numbers and texts for `json.dump`"
@@ -321,8 +323,8 @@ def from_dict(cls:Calibrator,
         cal = cls(d['method'], d['recipe'])
         cal.x, cal.y = _rows([d['x'], d['llr']], 2)
         cal.band, cal.counts = d['band'] and tuple(_rows(d['band'], 3)), {k: int(v) for k, v in d['counts'].items()}
-        cal.limits = _limits(*list(cal.counts.values())[-2:])
-    except (KeyError, TypeError, ValueError) as e: raise ValueError(f'not a calibrator of facelab: {e}') from None
+        cal.limits = _limits(cal.counts)
+    except (KeyError, TypeError, ValueError, AttributeError) as e: raise ValueError(f'not a calibrator of facelab: {e}') from None
     return cal
 
 # %% ../nbs/07d_calibration.ipynb #90a760f9

@@ -16,7 +16,7 @@ from scipy.spatial.distance import pdist
 from .datasets import IdentityLeak, _near, check_leak, shared_photos, thumbnails
 from .metrics import check_scores, wilson_ci
 
-# %% ../nbs/21_honesty.ipynb #076e1fcc
+# %% ../nbs/21_honesty.ipynb #c4df2566
 def price(cheat, # function of row numbers, some of them repeated: the error rate as reported, 0..1
           honest, # likewise: the error rate as it is
           left_person, # (n,) who is in row i
@@ -35,7 +35,8 @@ def price(cheat, # function of row numbers, some of them repeated: the error rat
             try: out.append(both(rows))
             except ValueError: continue
             if len(out) == n_boot: break
-    points = [o[1] - o[0] for o in out if np.isfinite(o).all()] or [np.nan]
+    points = [o[1] - o[0] for o in out if np.isfinite(o).all()]
+    if len(points) < n_boot/2: raise ValueError(f'only {len(points)} tosses gave both rates; this needs more people or more rows of each')
     lo, hi = np.quantile(points, [(1 - level)/2, (1 + level)/2])
     return pd.Series(dict(reported=rates[0], true=rates[1], points=100*(rates[1] - rates[0]), lo=100*lo, hi=100*hi, people=n, rows=len(left)))
 
@@ -192,7 +193,7 @@ def check_loss(losses, # one for each step or epoch, in order
     if (end := tail.mean()) > blind*(1 - within): raise SelfDeception(f'the loss ends at {end:.4g}, and a network that sees nothing pays {blind:.4g}', cure)
     return float(end)
 
-# %% ../nbs/21_honesty.ipynb #4f328947
+# %% ../nbs/21_honesty.ipynb #054314b5
 def check_claim(rate, # the claimed FMR or FPIR, between 0 and 1
                 n, # comparisons of strangers behind it (FMR), or strangers searched for (FPIR)
                 errors=None, # false matches among them, if known
@@ -204,8 +205,8 @@ def check_claim(rate, # the claimed FMR or FPIR, between 0 and 1
     lo, hi = wilson_ci(errors or 0, n)
     k, claim, more = f'{errors or 0:,} errors in {n:,}', f'{what} {rate:.2g} claimed', f'bring {int(np.ceil(10/rate - 1e-6)):,} comparisons of strangers (ten errors)'
     if errors and lo > rate: raise SelfDeception(f'{claim}, but {k} put it between {lo:.2g} and {hi:.2g}', 'report what was measured, with its interval')
-    if n*rate < 1 - 1e-9: raise SelfDeception(f'{claim} from {n:,} comparisons: {k} only bound it below {hi:.2g}', f'{more}, or claim no less than {10/n:.2g}')
-    if n*rate < 10 - 1e-9: _doubt(f'{claim} from {n:,} comparisons: about {n*rate:.2g} errors expected', f'{more}, or claim no less than {10/n:.2g}')
+    if n*rate < 1 - 1e-9: raise SelfDeception(f'{claim} from {n:,} comparisons: {k} only bound it below {hi:.2g}', f'{more}, or claim no less than {min(10/n, 1):.2g}')
+    if n*rate < 10 - 1e-9: _doubt(f'{claim} from {n:,} comparisons: about {n*rate:.2g} errors expected', f'{more}, or claim no less than {min(10/n, 1):.2g}')
     elif errors is not None and hi > rate: _doubt(f'{claim}, but {k} leave anything up to {hi:.2g} open', 'report the interval, or bring more comparisons')
     if people is not None and people*(people - 1)/2*rate < 1: _doubt(f'{claim} from {people} people: only {people*(people - 1)//2:,} pairs of people', f'bring {int(np.ceil((2/rate)**.5)) + 1:,} people')
     return pd.Series(dict(rate=rate, n=n, expected=rate*n, lo=lo, hi=hi))
@@ -251,7 +252,7 @@ def check_names(train, # names of the people in training; repeats are fine
     if len(t): warnings.warn(SelfDeceptionWarning(f'{len(t)} names are nearly the same: ' + ', '.join(f'{r.train} / {r.test}' for r in t[:5].itertuples()) + ' ...'*(len(t) > 5),
                                                   'look whether these are the same people; if so, give them one name'), stacklevel=2)
 
-# %% ../nbs/21_honesty.ipynb #7c98ed79
+# %% ../nbs/21_honesty.ipynb #9406d04d
 def plot_prices(table, # rows of `price`, by name of the sin
                 ax=None): # draw here, or on a new figure
     "What each sin costs, in percentage points, with its interval"
@@ -259,7 +260,7 @@ def plot_prices(table, # rows of `price`, by name of the sin
     if ax is None: ax = plt.subplots(figsize=(7, .5*len(t) + 1), layout='constrained')[1]
     ax.barh(t.index, t.points, color='#D55E00', alpha=.8, xerr=np.clip([t.points - t.lo, t.hi - t.points], 0, None), error_kw=dict(capsize=4))
     for y, r in enumerate(t.itertuples()): ax.text(max(r.hi, r.points), y, f'  {r.reported:.1%} → {r.true:.1%}', va='center')
-    ax.set(xlabel='points by which the report is too good'); ax.margins(x=.25); ax.axvline(0, color='black', lw=1)
+    ax.set(xlabel='points by which the report is too good'); ax.set_xlim(min(0, 1.1*t.lo.min()), 1.4*max(t.hi.max(), t.points.max(), .1)); ax.axvline(0, color='black', lw=1)
     return ax
 
 # %% ../nbs/21_honesty.ipynb #1f16974c

@@ -206,7 +206,7 @@ def det_curve(scores, # (n,) higher = more alike
     m = check_scores(scores, mated, dtype=None)[1]
     return with_deviates(roc(scores, mated).drop(columns='tmr'), np.count_nonzero(~m), np.count_nonzero(m))
 
-# %% ../nbs/07_metrics.ipynb #0a51b441
+# %% ../nbs/07_metrics.ipynb #3ba75bac
 def plot_det(curve, # table of `det_curve`
              label=None, # name of the system in the legend
              ax=None, # draw here, or on a new figure
@@ -216,6 +216,9 @@ def plot_det(curve, # table of `det_curve`
     if not ax.lines: ax.axline((0, 0), slope=1, color='grey', lw=1, ls=':', label='equal error')
     ax.plot(curve.fmr_dev, curve.fnmr_dev, label=label, **kw)
     for axis in ax.xaxis, ax.yaxis: axis.set_ticks(ndtri(ticks), [f'{100*t:g}' for t in ticks])
+    (lo, hi), seen = ndtri([.0001, .999]), ax.dataLim
+    ax.set(xlim=(min(lo, seen.x0) - .1, max(hi, seen.x1) + .1), ylim=(min(lo, seen.y0) - .1, max(hi, seen.y1) + .1))
+    ax.tick_params('x', rotation=60 if seen.x0 < lo - .2 else 0)
     ax.set(xlabel='false match rate, %', ylabel='false non-match rate, %'); ax.grid(alpha=.3)
     if label: ax.legend(framealpha=1, edgecolor='none', loc='upper right')
     return ax

@@ -53,7 +53,7 @@ class Protocol:
         what = f'{len(self.table)} pairs' if self.task == 'pairs' else ', '.join(f'{n} {r}s' for r, n in self.table.role.value_counts().items())
         return f'Protocol({self.name!r}, {what}, {len(self.photos)} photos of {self.photos.person.nunique()} people)'
 
-# %% ../nbs/20_protocols.ipynb #70a7619b
+# %% ../nbs/20_protocols.ipynb #37b750e2
 PAIR_COLUMNS = ['left', 'right', 'left_person', 'right_person', 'mated', 'fold']
 
 def person_of(
@@ -75,6 +75,7 @@ def check_pairs(
     "A list of pairs as a protocol needs it; `ValueError` where it contradicts itself"
     if gone := [c for c in ('left', 'right', 'mated') if c not in pairs]: raise ValueError(f'a list of pairs has columns left, right, mated; missing: {", ".join(gone)}')
     if not len(pairs): raise ValueError('the list of pairs is empty')
+    if (holes := pairs[['left', 'right', 'mated']].isna().any(axis=1)).any(): raise ValueError(f'{holes.sum()} pairs lack a photo or the answer, first in row {int(np.argmax(holes))}')
     p = pairs.reset_index(drop=True).assign(mated=lambda t: _as_mated(t.mated))
     for side in ('left', 'right'): p[f'{side}_person'] = p[f'{side}_person'].astype(str) if f'{side}_person' in p else [person_of(o) for o in p[side]]
     if 'fold' not in p: p['fold'] = 1
@@ -96,7 +97,7 @@ def lfw_view2()->Protocol:
     "LFW View 2: 6,000 pairs in ten folds, each judged with the threshold of the other nine"
     return Protocol('lfw-view2', 'pairs', check_pairs(lfw_pairs('10_folds')), _OUTSIDE)
 
-# %% ../nbs/20_protocols.ipynb #b112a944
+# %% ../nbs/20_protocols.ipynb #b3c66081
 def pairs_file(
     csv,       # file with columns left, right, mated, and perhaps left_person, right_person, fold
     root=None, # folder that relative paths start from; None: the folder of the file
@@ -106,7 +107,6 @@ def pairs_file(
     try: table = check_pairs(pd.read_csv(csv, dtype=dict(left=str, right=str, left_person=str, right_person=str)))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f'{csv.name} is not a readable CSV file ({e})') from None
     except ValueError as e: raise ValueError(f'{csv.name}: {e}') from None
-    if table[['left', 'right']].isna().any(axis=None): raise ValueError(f'{csv.name}: some pairs lack a photo')
     for side in ('left', 'right'): table[side] = [str(Path(root or csv.parent)/o) for o in table[side]]
     missing = sorted(o for o in {*table.left, *table.right} if not os.path.exists(o))
     if missing: warnings.warn(f'{csv.name} names {len(missing)} photos that are not there, such as {Path(missing[0]).name}; pairs with them count as errors')
@@ -433,8 +433,8 @@ def evaluate(
     seconds = time.perf_counter() - start
     return Result(e.name, protocol, emb.recipe, measures, trials, emb.report, seconds, time_encoder(e))
 
-# %% ../nbs/20_protocols.ipynb #fbfbb051
-def _trial(emb, table, role, metric):
+# %% ../nbs/20_protocols.ipynb #30b49e95
+def _trial(emb, table, role, metric, fpir=.01):
     "Verification rate at FMR .1 % and identification rate at FPIR 1 % of one trial"
     at = {p: i for i, p in enumerate(emb.paths)}
     rows = table[role != ''].assign(role=role[role != ''], row=lambda t: t.path.map(at))
@@ -453,12 +453,12 @@ def _trial(emb, table, role, metric):
     asked = rows[rows.role != 'test'].assign(role=lambda t: np.select([t.role == 'reference', t.person.isin(gallery)], ['reference', 'probe'], 'stranger'), fold=1)
     near = nearest_references(emb, asked)
     known, new = near[near.role == 'probe'], near[near.role == 'stranger']
-    cut = threshold_for_strangers(new.other.fillna(-np.inf), .01)
+    cut = threshold_for_strangers(new.other.fillna(-np.inf), fpir)
     return dict(vr=accepted, dir=((known.own > known.other) & (known.own >= cut)).mean(), pairs=pairs)
 
 def _judged_blufr(emb, protocol, threshold):
     t = protocol.table
-    trials = pd.DataFrame([_trial(emb, t, t[c].to_numpy(dtype=str), emb.recipe['metric']) for c in t if c.startswith('trial')])
+    trials = pd.DataFrame([_trial(emb, t, t[c].to_numpy(dtype=str), emb.recipe['metric'], protocol.fpir) for c in t if c.startswith('trial')])
     row = lambda c, of: dict(value=trials[c].mean(), lo=trials[c].mean() - trials[c].std(ddof=1), hi=trials[c].mean() + trials[c].std(ddof=1), n=len(trials), of=of)
     return trials, pd.DataFrame([row('vr', 'trials: accepted at FMR .1 %, lo and hi are one standard deviation'), row('dir', 'trials: first and accepted at FPIR 1 %')], index=['accuracy', 'tpir'])
 
