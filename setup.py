@@ -10,8 +10,11 @@ cfg = config['DEFAULT']
 
 def lines(key): return [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
 
+extras = {k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')}
+extras['dev'] += [o for k, v in extras.items() if k != 'dev' for o in v]
+
 setup(author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].split(),
       classifiers=lines('classifiers'),
       install_requires=lines('requirements'),
-      extras_require={'dev': lines('dev_requirements') + lines('onnx_requirements'), 'onnx': lines('onnx_requirements')},
+      extras_require=extras,
       entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['facelab = facelab._modidx:d']})

@@ -1,6 +1,6 @@
 """ROC curves of ten million scores, and all pairs of 13,233 photos.
 
-    python -m bench.metrics [--scores N] [--repeats N] [--json FILE]
+    python -m bench.metrics [--scores N] [--photos N] [--repeats N] [--json FILE]
 
 `facelab.metrics.roc` and `sklearn.metrics.roc_curve` get the same arrays and take turns; one mated pair in twenty. Three kinds
 of scores: float64 that nearly never tie, the same as float32, and float64 rounded to four digits, where nearly all tie. With
@@ -8,7 +8,7 @@ of scores: float64 that nearly never tie, the same as float32, and float64 round
 equal to the last bit. Its default, which drops rows on straight lines, is timed too. What each needs at most on top of the arrays
 is measured in a process of its own, with the worst case, float64 without ties.
 Then all pairs: vectors of LFW if there is LFW (dlib's network; measured first if not in the cache, which takes minutes), else random
-vectors of that shape. From vectors to exact FMR, FNMR, EER and the threshold at FMR 1e-6.
+vectors of that shape. From vectors to exact FMR, FNMR, EER and the threshold at FMR 1e-6 (or the least that the photos can show).
 
     ratio    the smallest of the three: scikit-learn's time over facelab's   (wanted: >= 5, at less than 1,000 MB)
 """
@@ -57,21 +57,37 @@ def equal(scores, mated):
     return all(np.array_equal(a, b.astype(float)) for a, b in zip((r.fmr, r.tmr, r.threshold), roc_curve(mated, scores, drop_intermediate=False)))
 
 
-def child(what, where):
-    "In a process of its own: seconds, and how much higher the peak of memory is after than before"
+def peak():
+    "The most memory this process has held, MB (Linux counts a parent's into getrusage, so its own file is read)"
+    status = Path('/proc/self/status')
+    if status.exists(): return int(status.read_text().split('VmHWM:')[1].split()[0])/1e3
     import resource
-    from sklearn.metrics import roc_curve
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
+
+
+def job(what, a, b):
+    "The call whose memory counts, with its imports done"
+    if what == 'scikit-learn':
+        from sklearn.metrics import roc_curve
+        return lambda: roc_curve(b, a, drop_intermediate=False)
+    if what != 'pairs':
+        from facelab import metrics
+        return lambda: getattr(metrics, what.split()[-1])(a, b)
     from facelab.allpairs import all_pairs
-    from facelab.metrics import eer, roc
-    a, b = (np.load(where/f'{k}.npy') for k in (('vectors', 'names') if what == 'pairs' else ('scores', 'mated')))
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
     def pairs():
         c = all_pairs(a, b, 'euclidean')
-        t = c.threshold_at_fmr(1e-6)
+        t = c.threshold_at_fmr(max(1e-6, 1/c.nonmated))
         return dict(mated=c.mated, nonmated=c.nonmated, eer=c.eer(), fmr=c.fmr(t), fnmr=c.fnmr(t))
+    return pairs
+
+
+def child(what, where):
+    "In a process of its own: seconds, and how much higher the peak of memory is after than before"
+    a, b = (np.load(where/f'{k}.npy') for k in (('vectors', 'names') if what == 'pairs' else ('scores', 'mated')))
+    f = job(what, a, b)
     before, start = peak(), time.perf_counter()
-    out = {'facelab, roc': lambda: roc(a, b), 'facelab, eer': lambda: eer(a, b), 'scikit-learn': lambda: roc_curve(b, a, drop_intermediate=False), 'pairs': pairs}[what]()
+    out = f()
     print(json.dumps(dict(seconds=time.perf_counter() - start, megabytes=peak() - before) | (out if what == 'pairs' else {})))
 
 
@@ -84,6 +100,7 @@ def alone(what, where):
 def main(argv=None):
     p = parser(__doc__, 3)
     p.add_argument('--scores', type=int, default=10**7, help='how many scores')
+    p.add_argument('--photos', type=int, default=13_233, help='how many photos for all pairs')
     p.add_argument('--child', help='for the benchmark itself'); p.add_argument('--where', help='for the benchmark itself')
     a = p.parse_args(argv)
     if a.child: return child(a.child, Path(a.where))
@@ -104,6 +121,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         vectors, names, source = some_vectors()
+        vectors, names = vectors[:a.photos], names[:a.photos]
         for k, v in dict(scores=base, mated=m, vectors=vectors, names=names).items(): np.save(d/f'{k}.npy', v)
         memory = {k: alone(k, d)['megabytes'] for k in ('scikit-learn', 'facelab, roc', 'facelab, eer')} if os.name == 'posix' else {}
         pairs = alone('pairs', d) if os.name == 'posix' else {}

@@ -81,7 +81,7 @@ def similarity(
     else: score = 1 - np.sqrt(np.maximum(na + nb - 2*a @ b.T, 0))
     return score.astype(np.float32)
 
-# %% ../nbs/06_embed.ipynb #d056dddd
+# %% ../nbs/06_embed.ipynb #20f5a107
 _makers, _made = {}, {}
 
 def register_encoder(
@@ -98,6 +98,11 @@ def encoders()->list:
 
 register_encoder('dlib', 'facelab.models.dlib_resnet:dlib_encoder')
 register_encoder('dlib-bf16', 'facelab.speed:dlib_bf16')
+register_encoder('dlib+mirror', 'facelab.averaging:dlib_mirrored')
+register_encoder('dlib+jitter', 'facelab.averaging:dlib_jittered')
+register_encoder('edgeface-xs', 'facelab.models.edgeface:edgeface_encoder')
+register_encoder('edgeface-xs+mirror', 'facelab.models.edgeface:edgeface_mirrored')
+for _name in 'pixels', 'gradients', 'eigenfaces': register_encoder(_name, f'facelab.models.baselines:{_name}_encoder')
 
 # %% ../nbs/06_embed.ipynb #8029f21a
 def get_encoder(

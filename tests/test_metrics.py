@@ -205,3 +205,100 @@ def test_plots_draw_where_they_are_told():
         ax.figure.canvas.draw()
     assert plot_scores(s, m, .5, ax=ax) is ax
     plt.close('all')
+
+
+def wide_scores(seed, kind):
+    "Scores that are hard to sort as whole numbers: signs, zeros of both signs, ties, huge and tiny ones"
+    rng = np.random.default_rng(seed)
+    s = dict(ties=lambda: rng.normal(size=50_000).round(3), huge=lambda: rng.normal(size=3000)*10.**rng.integers(-300, 300, 3000), zeros=lambda: rng.choice([0., -0., 1e-320, -1e-320, 5e-324, 1e300], 3000),
+             negative=lambda: -rng.exponential(size=20_000).round(4), beside=lambda: np.nextafter(rng.integers(1, 50, 3000)/7, rng.choice([-9., 9.], 3000)), integers=lambda: rng.integers(-5, 5, 3000).astype(float),
+             limits=lambda: rng.choice([np.finfo(float).max, np.finfo(float).min, 2., 1.9999999999999998, -2.], 3000))[kind]()
+    return s, rng.random(len(s)) < .3
+
+
+@pytest.mark.filterwarnings('ignore:AUC')
+@pytest.mark.filterwarnings('ignore:overflow')
+@pytest.mark.parametrize('dtype', [np.float32, np.float64])
+@pytest.mark.parametrize('kind', ['ties', 'huge', 'zeros', 'negative', 'beside', 'integers', 'limits'])
+def test_fast_curve_equals_scikit_learn_to_the_last_bit(kind, dtype):
+    s, m = wide_scores(0, kind)
+    s = s.astype(dtype); keep = np.isfinite(s); s, m = s[keep], m[keep]
+    before = s.copy()
+    r, (f, t, thr) = roc(s, m), skm.roc_curve(m, s, drop_intermediate=False)
+    for ours, theirs in (r.fmr, f), (r.tmr, t), (r.threshold, thr.astype(float)): np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(r.fnmr, 1 - r.tmr)
+    assert (s == before).all() and auc(s, m) == pytest.approx(skm.roc_auc_score(m, s), abs=1e-12)
+    for target in (.001, .1, .5, .999): assert threshold_at_fmr(s, m, target) == slow_threshold(r, target)
+
+
+def slow_threshold(r, target):
+    "The last row of the curve that keeps the promise"
+    t = r.threshold[np.searchsorted(r.fmr, target, side='right') - 1]
+    return t if np.isfinite(t) else float(np.nextafter(np.float32(r.threshold[1]), np.float32(np.inf)))
+
+
+def test_pieces_of_the_curve_join():
+    "Runs of equal scores that end at, before and after the end of a piece of 16,384"
+    for n in (16_383, 16_384, 16_385, 32_768, 40_000):
+        for run in (1, 2, 3, 16_384, n):
+            s = (np.arange(n)//run).astype(float); m = np.arange(n) % 3 == 0
+            t, f, h = map(np.concatenate, zip(*curve_steps(s, m)))
+            want = np.unique(s)[::-1]
+            assert t.tolist() == want.tolist() and f[-1] + h[-1] == n and h[-1] == m.sum()
+            assert (f + h).tolist() == [(s >= x).sum() for x in want] if run > 100 else (f + h == np.minimum(n, n - want*run)).all()
+
+
+def test_memory_and_arrays_are_left_alone():
+    s, m = random_scores(5); frozen = s.astype(np.float32); frozen.flags.writeable = m.flags.writeable = False
+    for f in roc, auc, eer, det_curve, pr_curve: f(frozen, m)
+    half = roc(s.astype(np.float16), m)
+    np.testing.assert_array_equal(half.fmr, roc(s.astype(np.float16).astype(float), m).fmr)
+
+
+def test_true_match_rate_at_false_match_rate():
+    s, m = random_scores(7, 3)
+    for target in (.05, .3): assert tmr_at_fmr(s, m, target) == 1 - fnmr_at_fmr(s, m, target) == pytest.approx((s[m] >= threshold_at_fmr(s, m, target)).mean())
+    with pytest.raises(ValueError, match='cannot show a false match rate'): tmr_at_fmr(s, m, 1e-6)
+
+
+def test_failures_to_acquire_count_as_rejections():
+    "Against a count of people: some without a reference, some attempts without a face, the rest compared"
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        enrolled, face, score = rng.random(500) < .9, rng.random(500) < .8, rng.random(500)
+        done = enrolled & face
+        fta, fte = 1 - done.sum()/enrolled.sum(), 1 - enrolled.mean()
+        got = with_failures((score[done] >= .6).mean(), (score[done] < .6).mean(), fta, fte)
+        assert got == pytest.approx(((done & (score >= .6)).mean(), 1 - (done & (score >= .6)).mean()))
+    for bad in (-.1, 1.1, np.nan, np.inf):
+        for i in range(4):
+            with pytest.raises(ValueError, match=['fmr', 'fnmr', 'fta', 'fte'][i]): with_failures(*[bad if i == j else .1 for j in range(4)])
+
+
+def test_repeated_pairs():
+    left, right = ['a', 'b', 'a', 'c', 'c', 'a'], ['b', 'a', 'c', 'a', 'c', 'd']
+    with pytest.warns(UserWarning, match=r'3 of 6 pairs .* 2 repeated .* 1 of a photo with itself'): assert repeated_pairs(left, right).tolist() == [False, True, False, True, True, False]
+    rng = np.random.default_rng(0)
+    l, r = rng.integers(0, 30, (2, 300))
+    seen, slow = set(), []
+    for a, b in zip(l, r): slow.append(a == b or frozenset((a, b)) in seen); seen.add(frozenset((a, b)))
+    with pytest.warns(UserWarning): assert repeated_pairs(l, r).tolist() == slow
+    assert not repeated_pairs(['a', 'a'], ['b', 'c']).any() and len(repeated_pairs([], [])) == 0
+    with pytest.raises(ValueError, match='1 photos on the left but 2'): repeated_pairs(['a'], ['b', 'c'])
+
+
+def test_identification_at_a_promise_about_strangers():
+    rng = np.random.default_rng(1)
+    for seed in range(10):
+        S, strangers = rng.normal(size=(50, 8)).round(1), rng.normal(size=(30, 8)).round(1)
+        gallery = rng.permutation(list('aabbccdd')); probes = rng.choice(list('abcd'), 50)
+        best = strangers.max(1)
+        for f in (1/30, .1, .5, 1):
+            allowed = [t for t in np.unique(np.r_[S.max(1), best, 99]) if (best >= t).mean() <= f]
+            want = max(tpir(S, probes, gallery, t) for t in allowed)
+            assert tpir_at_fpir(S, probes, gallery, strangers, f) == tpir_at_fpir(S, probes, gallery, best, f) == want
+        assert fnir(S, probes, gallery, .5) == pytest.approx(1 - tpir(S, probes, gallery, .5))
+        with pytest.raises(ValueError, match='30 visits of strangers cannot show a false positive identification rate of 0.01: 0 in 30 only bounds FPIR below 0.11'): tpir_at_fpir(S, probes, gallery, strangers, .01)
+        for bad, words in (([], 'no strangers'), (np.ones((0, 8)), 'no strangers'), ([np.nan], 'NaN')):
+            with pytest.raises(ValueError, match=words): tpir_at_fpir(S, probes, gallery, bad, .5)
+        with pytest.raises(ValueError, match='fpir is a share above 0'): tpir_at_fpir(S, probes, gallery, strangers, 0)
