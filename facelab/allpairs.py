@@ -138,10 +138,10 @@ class PairCounts:
     def eer(self): return area_and_eer(self.steps(), self.nonmated, self.mated)[1]
     def fnmr(self, threshold): return (self.mated - self._hits(_up(threshold)))/self.mated
 
-# %% ../nbs/07c_allpairs.ipynb #18ee4998
+# %% ../nbs/07c_allpairs.ipynb #f55566b0
 def all_pairs(vectors, # (n, d) one row per photo, as `Embeddings.vectors`
               names, # (n,) who is on each photo
-              metric='euclidean', # 'cosine' or 'euclidean', as the encoder says
+              metric, # 'cosine' or 'euclidean', as the encoder says
               keep=10_000, # non-mated pairs with the highest scores to keep
               block=1<<21, # scores at a time: 2 million take about 100 MB
               progress=False): # show a bar
@@ -186,16 +186,16 @@ def fmr(self:PairCounts, threshold): # match when score >= threshold
     rate = self.false_matches(threshold)/self.nonmated
     return rate if np.ndim(threshold) else float(rate[0])
 
-# %% ../nbs/07c_allpairs.ipynb #1966814b
+# %% ../nbs/07c_allpairs.ipynb #2ee27a24
 @patch
 def threshold_at_fmr(self:PairCounts, fmr): # highest false match rate you accept, at least 1/number of non-mated pairs
     "The lowest observed score whose false match rate is at most `fmr`, exact"
     k, kept = _resolve(fmr, self.nonmated, 'FMR', 'false match rate', 'non-mated pairs'), self.top[0]
     if k < len(kept) or len(kept) == self.nonmated: return _lowest(kept, self.own[0], k)
     if k == self.nonmated: return float(min(self.lowest, self.cuts[0]))
-    i = np.searchsorted(-self.reach, -k) - 1                 # the last cut that lets in more than k
+    i = np.searchsorted(-self.reach, -k) - 1
     seen = np.isin(self.cuts, self.own[0]) | (self.reach > self.above)
-    j = i + 1 + np.argmax(np.append(seen[i + 1:], True))     # the next cut that is a score
+    j = i + 1 + np.argmax(np.append(seen[i + 1:], True))
     lo, hi = (np.append(np.append(-np.inf, self.cuts), np.inf)[[i + 1, j + 1]])
     between = np.concatenate([b[(b > lo) & (b < hi)] for _, _, b in self._blocks()] + [[np.float32(lo)]])
     first = min(k - np.append(self.reach, 0)[j], len(between) - 1)

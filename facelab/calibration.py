@@ -7,12 +7,13 @@ __all__ = ['CALIBRATIONS', 'RELIABILITY_BINS', 'expected_cost', 'cost_curve', 'c
            'bayes_llr', 'cllr', 'min_cllr', 'calibration_loss', 'check_disjoint', 'check_same_recipe', 'Calibrator',
            'reliability', 'plot_reliability']
 
-# %% ../nbs/07d_calibration.ipynb #141d9a01
+# %% ../nbs/07d_calibration.ipynb #031094f0
 import warnings
+from functools import partial
 import numpy as np, pandas as pd, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from scipy.special import expit, logit
-from scipy.stats import norm, t as student
+from scipy.stats import t as student
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from .datasets import IdentityLeak
@@ -242,21 +243,20 @@ class Calibrator:
         "Probability that each pair is mated"
         return posterior(self.llr(scores, recipe), prior)
 
-# %% ../nbs/07d_calibration.ipynb #a29929d0
+# %% ../nbs/07d_calibration.ipynb #ee336cec
 @patch
 def _band(self:Calibrator, s, m, left_person, right_person, n_boot, seed):
-    "Grid of scores, and the lowest and highest LLR (95 %) over resamples of the people"
+    "Grid of scores with the lowest and highest LLR (95 %) over people"
+    def curve(s, m, weight=1):
+        x, yes, no = _counts(s, m)
+        return np.interp(grid, *_knots(self.method, x, weight*yes, weight*no, 2*self.limits))
     low, span = s.min(), s.max() - s.min()
     ends = np.clip(self.x[[0, -1]], low - span, low + 2*span)
     grid = np.linspace(min(low, ends[0]), max(low + span, ends[1]), 201)
-    def again(s, m):
-        x, yes, no = _counts(s, m)
-        return np.interp(grid, *_knots(self.method, x, 2*yes, 2*no, self.limits))
-    lo, hi = subject_bootstrap(low + np.round((s - low)/span*400)*span/400, m, left_person, right_person, again, n_boot, seed)
-    here, n = self.llr(grid), len(self.people)
-    wider = student.ppf(.975, n - 1)/norm.ppf(.975)*np.sqrt(n/(n - 1))
-    lo, hi = here + wider*np.minimum(lo - here, 0), here + wider*np.maximum(hi - here, 0)
-    return grid, *np.clip([np.minimum.accumulate(lo[::-1])[::-1], np.maximum.accumulate(hi)], *self.limits)
+    snapped = low + np.round((s - low)/span*400)*span/400
+    lo, hi = np.array(subject_bootstrap(snapped, m, left_person, right_person, partial(curve, weight=2), n_boot, seed, level=.6827))
+    here, half = curve(s, m), student.ppf(.975, len(self.people) - 1)*(hi - lo)/2
+    return grid, *np.clip([np.minimum.accumulate((here - half)[::-1])[::-1], np.maximum.accumulate(here + half)], *self.limits)
 
 @patch
 def probability_interval(self:Calibrator,

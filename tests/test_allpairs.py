@@ -86,7 +86,7 @@ def test_people_and_intervals(seed, metric, digits, keep, block):
 
 def test_worst_pairs_carry_the_rows_of_the_caller():
     v, names = random_faces(3, digits=5)
-    c, s = all_pairs(v, names, keep=20), similarity(v, v, 'euclidean')
+    c, s = all_pairs(v, names, 'euclidean', keep=20), similarity(v, v, 'euclidean')
     w = c.worst(8)
     assert len(w) == 16 and (w.left < w.right).all()
     for r in w.itertuples():
@@ -119,17 +119,17 @@ def test_nonsense_is_refused():
     v = np.eye(4, dtype=np.float32)
     for vectors, names, words in ((v, list('abc'), '3 names but vectors'), (v[0], list('abcd'), '4 names'), (v, list('aaaa'), 'all 4 photos show one person'), (v[:1], ['a'], 'all 1 photos'),
                                   (v[:0], [], 'all 0 photos'), (v*np.nan, list('aabb'), '4 of 4 vectors hold NaN'), (np.where(v > 0, np.inf, 0), list('aabb'), 'infinite'), (v, ['a', None, 'b', 'c'], '1 of 4 photos have no name')):
-        with pytest.raises(ValueError, match=words): all_pairs(vectors, names)
+        with pytest.raises(ValueError, match=words): all_pairs(vectors, names, 'euclidean')
     with pytest.raises(ValueError, match='metric'): all_pairs(v, list('aabb'), 'manhattan')
-    with pytest.raises(ValueError, match='keep'): all_pairs(v, list('aabb'), keep=0)
-    c = all_pairs(v, list('aabb'))
+    with pytest.raises(ValueError, match='keep'): all_pairs(v, list('aabb'), 'cosine', keep=0)
+    c = all_pairs(v, list('aabb'), 'euclidean')
     for f in c.fmr, c.fnmr, c.false_people:
         with pytest.raises(ValueError, match='threshold is NaN'): f(np.nan)
     with pytest.raises(ValueError, match='four people'): c.intervals(.5)
 
 
 def test_nobody_has_two_photos():
-    c = all_pairs(np.random.default_rng(0).normal(size=(6, 3)), list('abcdef'))
+    c = all_pairs(np.random.default_rng(0).normal(size=(6, 3)), list('abcdef'), 'euclidean')
     assert (c.mated, c.nonmated) == (0, 15) and 0 < c.fmr(-1) <= 1
     assert c.threshold_at_fmr(1/15) == np.sort(c.top[0])[-1]
     for f in (lambda: c.fnmr(0), c.roc, c.auc, c.eer, c.det_curve, lambda: c.intervals(0)):
@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_the_pairs():
     def peak(n):
         v = np.random.default_rng(0).normal(size=(n, 16)).astype(np.float32)
         tracemalloc.start()
-        all_pairs(v, np.arange(n)//2, block=1 << 16)
+        all_pairs(v, np.arange(n)//2, 'euclidean', block=1 << 16)
         top = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
         return top
     small, large = peak(700), peak(2800)
