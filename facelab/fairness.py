@@ -104,10 +104,10 @@ def _coded(pairs, threshold):
     t = pd.DataFrame(dict(rate=np.where(m, 'fnmr', 'fmr'), a=a, b=b, i=i, j=j, wrong=(s >= cut) != m))
     return names, len(people), t[~np.isnan(cut)]
 
-# %% ../nbs/24_fairness.ipynb #7dd3ec99
+# %% ../nbs/24_fairness.ipynb #1e19cba2
 def _few(people, n, min_people, min_n, what='pairs'):
     "Why nothing can be said about a group, or ''"
-    if people < min_people: return f'too few to say: {people} people, {min_people} wanted'
+    if people < min_people: return f'too few to say: {people} {"person" if people == 1 else "people"}, {min_people} wanted'
     return f'too few to say: {n} {what}, {min_n} wanted' if n < min_n else ''
 
 def _worth(tossed, k, n, trials):

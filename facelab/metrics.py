@@ -276,7 +276,7 @@ def subject_bootstrap(scores, # (n,) higher = more alike
             if k[m].any() and k[~m].any(): out.append(stat(np.repeat(s, k), np.repeat(m, k)))
     return tuple(np.quantile(out, [(1 - level)/2, (1 + level)/2], axis=0).tolist())
 
-# %% ../nbs/07_metrics.ipynb #8d107524
+# %% ../nbs/07_metrics.ipynb #4827e4bd
 def _resolve(share, n, rate, name, units):
     "Refuse a promise that n trials cannot show; else the number of errors that it allows"
     if not 0 < share <= 1: raise ValueError(f'{rate.lower()} is a share above 0 and at most 1, not {share}')
@@ -290,8 +290,8 @@ def _lowest(no, yes, allowed):
     "The lowest score at which at most `allowed` of `no` match; a hair above the top if there is none"
     if allowed >= len(no): return float(min(no.min(), yes.min()))
     first_out = np.partition(no, -allowed - 1)[-allowed - 1]
-    above = [x[x > first_out] for x in (no, yes)]
-    return float(min((x.min() for x in above if len(x)), default=np.nextafter(np.float32(first_out), np.float32(np.inf))))
+    above = [x.min() for x in (no[no > first_out], yes[yes > first_out]) if len(x)]
+    with np.errstate(over='ignore'): return float(min(above) if above else np.nextafter(np.float32(first_out), np.float32(np.inf)))
 
 def threshold_at_fmr(scores, # (n,) higher = more alike
                      mated, # (n,) True where both photos show one person

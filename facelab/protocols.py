@@ -501,7 +501,7 @@ def show_mistakes(
     top = [f'{r.left_person}\n{r.kind}' for r in t.itertuples()]; bottom = [f'{r.right_person}\n{r.score:.2f}, limit {r.threshold:.2f}' for r in t.itertuples()]
     return show_faces([*t.left, *t.right], top + bottom, ncols=len(t), size=1.5)
 
-# %% ../nbs/20_protocols.ipynb #f7eb5c1b
+# %% ../nbs/20_protocols.ipynb #4eb05c1c
 def open_set_points(
     trials:pd.DataFrame, # from `judge_gallery`
 )->pd.DataFrame:         # threshold, fpir, fnir: a row per distinct score
@@ -523,11 +523,11 @@ def plot_result(
         plot_scores(np.r_[own, other], np.r_[np.ones(len(own)), np.zeros(len(other))], result['threshold'], ax=a)
         for text, name in zip(a.get_legend().get_texts(), (f'strangers, {len(other):,}', f'enrolled, {len(own):,}')): text.set_text(name)
         c = open_set_points(t); b.step(c.fpir.clip(lower=.3/len(other)), c.fnir, where='post', label=result.encoder)
-        b.plot(result['fpir'], 1 - result['tpir'], 'o', color='k', label='as judged'); b.set(xscale='log', xlabel='FPIR: strangers let in', ylabel='FNIR: enrolled people not named'); b.legend(frameon=False); b.grid(alpha=.3)
+        b.plot(result['fpir'], 1 - result['tpir'], 'o', color='k', label='as judged'); b.set(xscale='log', xlabel='FPIR: strangers let in', ylabel='FNIR: enrolled people not named', ylim=(0, min(1, max(.05, 4 - 4*result['tpir'])))); b.legend(frameon=False); b.grid(alpha=.3)
     fig.suptitle(f'{result.encoder} on {result.protocol.name}')
     return fig
 
-# %% ../nbs/20_protocols.ipynb #05b63e34
+# %% ../nbs/20_protocols.ipynb #832d24e7
 RESULT_COLUMNS = ['system', 'protocol', 'init', 'n', 'accuracy', 'lo', 'hi', 'eer', 'rank1', 'fpir', 'fta', 'ms_per_face', 'command']
 
 def result_row(
@@ -546,7 +546,8 @@ def read_results(
 )->pd.DataFrame:
     "The table of all systems"
     if not Path(path).exists(): return pd.DataFrame(columns=RESULT_COLUMNS)
-    t = pd.read_csv(path, keep_default_na=False, na_values=['']).fillna(dict(init='', command=''))
+    words = ['system', 'protocol', 'init', 'command']
+    t = pd.read_csv(path, dtype={c: str for c in words}, keep_default_na=False, na_values={c: [''] for c in RESULT_COLUMNS if c not in words})
     if list(t) != RESULT_COLUMNS: raise ValueError(f'{Path(path).name} has columns {", ".join(t)}; a table of results has {", ".join(RESULT_COLUMNS)}')
     return t
 

@@ -96,7 +96,7 @@ def test_order_of_rows_and_sides_changes_nothing():
 def test_few_people_keep_their_row():
     t = crowd(dict(A=12, B=1, C=3))
     a = audit_groups(t, .5).set_index(['rate', 'group'])
-    assert a.status['fnmr', 'B'] == 'too few to say: 1 people, 10 wanted' and a.status['fmr', 'B'] == 'too few to say: 0 people, 10 wanted'
+    assert a.status['fnmr', 'B'] == 'too few to say: 1 person, 10 wanted' and a.status['fmr', 'B'] == 'too few to say: 0 people, 10 wanted'
     assert a.loc[('fmr', 'C'), ['people', 'pairs']].tolist() == [3, 27] and np.isnan(a.value['fmr', 'C'])
     assert audit_groups(t, .5, min_pairs=10**6).value.isna().all()
     assert len(a) == 6
@@ -264,7 +264,7 @@ def test_acquisition_is_counted_by_group():
     labels = pd.Series({f'p{k}': 'A' if k < 15 else 'B' for k in range(29)})
     a = acquired_by_group(seen, labels).set_index('group')
     assert a.errors.to_dict() == {'A': 7, 'B': 6, '(no label)': 0} and a.photos.to_dict() == {'A': 60, 'B': 56, '(no label)': 4}
-    assert a.status['(no label)'] == 'too few to say: 1 people, 10 wanted' and (a.rate == 'fta').all()
+    assert a.status['(no label)'] == 'too few to say: 1 person, 10 wanted' and (a.rate == 'fta').all()
 
 
 def test_pictures_show_every_group():

@@ -217,7 +217,7 @@ def wide_scores(seed, kind):
 
 
 @pytest.mark.filterwarnings('ignore:AUC')
-@pytest.mark.filterwarnings('ignore:overflow')
+@pytest.mark.filterwarnings('ignore::RuntimeWarning:numpy', 'ignore:overflow')
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 @pytest.mark.parametrize('kind', ['ties', 'huge', 'zeros', 'negative', 'beside', 'integers', 'limits'])
 def test_fast_curve_equals_scikit_learn_to_the_last_bit(kind, dtype):
