@@ -30,7 +30,7 @@ def fit_size(
     image = load_image(image)
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/06_embed.ipynb #9cef8077
+# %% ../nbs/06_embed.ipynb #40eabf00
 @dataclass(eq=False)
 class Encoder:
     "A network that turns faces into vectors, with everything its numbers depend on"
@@ -39,7 +39,7 @@ class Encoder:
     size: int                       # side of the pictures, pixels
     dim: int                        # numbers per face
     metric: str = 'cosine'          # 'cosine' (rows of length 1) or 'euclidean' (rows as they come)
-    align: str = 'margin'           # how faces are to be cut: 'margin' or 'chip'
+    align: str = 'margin'           # how faces are to be cut: 'margin', 'chip' or 'wide', see `cut_face`
     licence: str = ''               # of the weights
     mean: tuple = IMAGENET_MEAN     # subtracted from the pixels 0..255
     std: tuple = IMAGENET_STD       # then divided by
@@ -48,7 +48,7 @@ class Encoder:
 
     def __post_init__(self):
         if self.metric not in ('cosine', 'euclidean'): raise ValueError(f"metric must be 'cosine' or 'euclidean', not {self.metric!r}")
-        if self.align not in ('margin', 'chip'): raise ValueError(f"align must be 'margin' or 'chip', not {self.align!r}")
+        if self.align not in ('margin', 'chip', 'wide'): raise ValueError(f"align must be 'margin', 'chip' or 'wide', not {self.align!r}")
         self.device = self.device or ('cuda' if torch.cuda.is_available() else 'cpu')
         self.module.to(self.device, memory_format=torch.channels_last).eval()
 
