@@ -73,10 +73,10 @@ def job(what, a, b):
     if what != 'pairs':
         from facelab import metrics
         return lambda: getattr(metrics, what.split()[-1])(a, b)
-    from facelab.allpairs import all_pairs
+    from facelab.allpairs import score_all_pairs
 
     def pairs():
-        c = all_pairs(a, b, 'euclidean')
+        c = score_all_pairs(a, b, 'euclidean')
         t = c.threshold_at_fmr(max(1e-6, 1/c.nonmated))
         return dict(mated=c.mated, nonmated=c.nonmated, eer=c.eer(), fmr=c.fmr(t), fnmr=c.fnmr(t))
     return pairs

@@ -3,7 +3,7 @@ import json, os, subprocess, sys, tracemalloc
 from pathlib import Path
 import numpy as np, pytest
 from facelab import metrics
-from facelab.allpairs import all_pairs, group_rows, own_scores, stranger_scores
+from facelab.allpairs import score_all_pairs, group_rows, own_scores, stranger_scores
 from facelab.embed import similarity
 from facelab.intervals import intervals
 
@@ -34,7 +34,7 @@ CASES = [(seed, metric, digits, keep, block) for seed, (metric, digits, keep, bl
 @pytest.mark.parametrize('seed, metric, digits, keep, block', CASES)
 def test_counts_are_those_of_the_list(seed, metric, digits, keep, block):
     v, names = random_faces(seed, digits=digits)
-    t, c, rng = listed(v, names, metric), all_pairs(v, names, metric, keep, block), np.random.default_rng(seed)
+    t, c, rng = listed(v, names, metric), score_all_pairs(v, names, metric, keep, block), np.random.default_rng(seed)
     no, yes = t.score[~t.mated].to_numpy().astype(float), t.score[t.mated].to_numpy().astype(float)
     assert (c.mated, c.nonmated, c.lowest) == (len(yes), len(no), no.min())
     ask = thresholds(t, rng)
@@ -54,7 +54,7 @@ def _rising(r): return r.fmr + 1e-9*np.arange(len(r)), r.tmr
 @pytest.mark.parametrize('seed, metric, digits, keep, block', CASES)
 def test_threshold_is_the_one_of_the_list(seed, metric, digits, keep, block):
     v, names = random_faces(seed, digits=digits)
-    t, c = listed(v, names, metric), all_pairs(v, names, metric, keep, block)
+    t, c = listed(v, names, metric), score_all_pairs(v, names, metric, keep, block)
     n = c.nonmated
     for k in {1, 2, 3, keep - 1, keep, keep + 1, n//100, n//10, n//2, n - 2, n - 1, n}:
         if 1 <= k <= n:
@@ -68,7 +68,7 @@ def test_threshold_is_the_one_of_the_list(seed, metric, digits, keep, block):
 @pytest.mark.parametrize('seed, metric, digits, keep, block', CASES)
 def test_people_and_intervals(seed, metric, digits, keep, block):
     v, names = random_faces(seed, digits=digits)
-    t, c = listed(v, names, metric), all_pairs(v, names, metric, keep, block)
+    t, c = listed(v, names, metric), score_all_pairs(v, names, metric, keep, block)
     for x in np.quantile(t.score, [.3, .9, .99]):
         wrong = t[~t.mated & (t.score.astype(float) >= x)]
         f, p = c.false_people(x), c.by_person(x)
@@ -86,7 +86,7 @@ def test_people_and_intervals(seed, metric, digits, keep, block):
 
 def test_worst_pairs_carry_the_rows_of_the_caller():
     v, names = random_faces(3, digits=5)
-    c, s = all_pairs(v, names, 'euclidean', keep=20), similarity(v, v, 'euclidean')
+    c, s = score_all_pairs(v, names, 'euclidean', keep=20), similarity(v, v, 'euclidean')
     w = c.worst(8)
     assert len(w) == 16 and (w.left < w.right).all()
     for r in w.itertuples():
@@ -109,7 +109,7 @@ def test_every_pair_once():
 
 
 def test_one_vector_for_everybody():
-    c = all_pairs(np.ones((30, 4)), [f'p{i//3}' for i in range(30)], 'cosine', keep=5)
+    c = score_all_pairs(np.ones((30, 4)), [f'p{i//3}' for i in range(30)], 'cosine', keep=5)
     assert (c.auc(), c.eer(), c.fmr(1 - 1e-6), c.fmr(1.1)) == (.5, .5, 1, 0)
     assert c.threshold_at_fmr(.5) > 1 and c.fmr(c.threshold_at_fmr(.5)) == 0 and c.threshold_at_fmr(1) == pytest.approx(1)
     assert c.intervals(.5).loc['fmr', 'rate'] == 1 and c.intervals(1.1).loc['fmr', 'errors'] == 0
@@ -119,17 +119,17 @@ def test_nonsense_is_refused():
     v = np.eye(4, dtype=np.float32)
     for vectors, names, words in ((v, list('abc'), '3 names but vectors'), (v[0], list('abcd'), '4 names'), (v, list('aaaa'), 'all 4 photos show one person'), (v[:1], ['a'], 'all 1 photos'),
                                   (v[:0], [], 'all 0 photos'), (v*np.nan, list('aabb'), '4 of 4 vectors hold NaN'), (np.where(v > 0, np.inf, 0), list('aabb'), 'infinite'), (v, ['a', None, 'b', 'c'], '1 of 4 photos have no name')):
-        with pytest.raises(ValueError, match=words): all_pairs(vectors, names, 'euclidean')
-    with pytest.raises(ValueError, match='metric'): all_pairs(v, list('aabb'), 'manhattan')
-    with pytest.raises(ValueError, match='keep'): all_pairs(v, list('aabb'), 'cosine', keep=0)
-    c = all_pairs(v, list('aabb'), 'euclidean')
+        with pytest.raises(ValueError, match=words): score_all_pairs(vectors, names, 'euclidean')
+    with pytest.raises(ValueError, match='metric'): score_all_pairs(v, list('aabb'), 'manhattan')
+    with pytest.raises(ValueError, match='keep'): score_all_pairs(v, list('aabb'), 'cosine', keep=0)
+    c = score_all_pairs(v, list('aabb'), 'euclidean')
     for f in c.fmr, c.fnmr, c.false_people:
         with pytest.raises(ValueError, match='threshold is NaN'): f(np.nan)
     with pytest.raises(ValueError, match='four people'): c.intervals(.5)
 
 
 def test_nobody_has_two_photos():
-    c = all_pairs(np.random.default_rng(0).normal(size=(6, 3)), list('abcdef'), 'euclidean')
+    c = score_all_pairs(np.random.default_rng(0).normal(size=(6, 3)), list('abcdef'), 'euclidean')
     assert (c.mated, c.nonmated) == (0, 15) and 0 < c.fmr(-1) <= 1
     assert c.threshold_at_fmr(1/15) == np.sort(c.top[0])[-1]
     for f in (lambda: c.fnmr(0), c.roc, c.auc, c.eer, c.det_curve, lambda: c.intervals(0)):
@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_the_pairs():
     def peak(n):
         v = np.random.default_rng(0).normal(size=(n, 16)).astype(np.float32)
         tracemalloc.start()
-        all_pairs(v, np.arange(n)//2, 'euclidean', block=1 << 16)
+        score_all_pairs(v, np.arange(n)//2, 'euclidean', block=1 << 16)
         top = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
         return top
     small, large = peak(700), peak(2800)
