@@ -36,17 +36,26 @@ def test_place_is_a_similarity():
 
 def test_frame_is_black_and_exact():
     x = torch.rand(2, 3, 100, 100)
-    y = ArcFrame()(x)
+    y = ArcFrame(100, 6, 20)(x)
     assert torch.equal(y[..., 20:, 6:106], x[..., :92, :])
     assert (y[..., :20, :] == -1).all() and (y[..., :6] == -1).all() and (y[..., 106:] == -1).all()
     assert ArcFrame(112, 0, 0)(torch.rand(1, 3, 112, 112)).shape == (1, 3, 112, 112)
-    wide = torch.rand(1, 3, 160, 160)
-    assert torch.equal(ArcFrame(160, -24, -20)(wide), wide[..., 20:132, 24:136])
+    wide = torch.rand(1, 3, 168, 168)
+    assert torch.equal(ArcFrame()(wide), wide[..., 14:126, 28:140])
 
 
 def test_frame_keeps_mirrors():
-    x = torch.rand(1, 3, 100, 100)
-    assert torch.equal(ArcFrame()(x.flip(3)), ArcFrame()(x).flip(3))
+    for size, frame in ((168, ArcFrame()), (100, ArcFrame(100, 6, 20))):
+        x = torch.rand(1, 3, size, size)
+        assert torch.equal(frame(x.flip(3)), frame(x).flip(3))
+
+
+def test_eyes_of_dlibs_mean_face_fall_into_place():
+    "The corners of the eyes in dlib's mean face of five points, as shares of the face"
+    right, left = ((.8595674595992 + .6460604764104)/2, (.2134981538014 + .2289674387677)/2), ((.1205750620789 + .3340850613712)/2, (.2137274526848 + .2290642403242)/2)
+    eyes = (np.array([left, right]) + .75)/2.5
+    assert place_chip(eyes)[0] == 168
+    assert np.abs(eyes*168 + (-28, -14) - ARCFACE[:2]).max() < 1
 
 
 def test_without_timm(monkeypatch):
@@ -112,10 +121,10 @@ def test_convert_and_encode(nowhere, state):
     dest = convert_edgeface(nowhere/'theirs.pt')
     assert dest == edgeface_path() and [o.name for o in dest.parent.iterdir()] == [dest.name]
     a, b = edgeface_encoder(), edgeface_encoder(nowhere/'theirs.pt')
-    faces = list(np.random.default_rng(0).integers(0, 256, (3, 100, 100, 3), dtype=np.uint8))
+    faces = list(np.random.default_rng(0).integers(0, 256, (3, 168, 168, 3), dtype=np.uint8))
     assert np.array_equal(a.encode(faces), b.encode(faces)) and np.allclose(np.linalg.norm(a.encode(faces), axis=1), 1, atol=1e-5)
     assert np.allclose(edgeface_mirrored().encode(faces), edgeface_mirrored().encode([o[:, ::-1] for o in faces]), atol=1e-5)
-    assert (a.size, a.dim, a.align, a.metric) == (100, 512, 'chip', 'cosine') and 'not for commercial use' in a.licence
+    assert (a.size, a.dim, a.align, a.metric) == (168, 512, 'wide', 'cosine') and 'not for commercial use' in a.licence
 
 
 def test_failed_conversion_leaves_nothing(nowhere, state):
@@ -133,6 +142,6 @@ def test_real_weights_tell_people_apart(att):
     from facelab.crop import take_face
     from facelab.metrics import eer, score_pairs
     table = att[att.person > 's35'].groupby('person').head(4)
-    v = edgeface_encoder(REAL).encode([take_face(p, 'chip', 100, 'adaptive')[0] for p in table.path])
+    v = edgeface_encoder(REAL).encode([take_face(p, 'wide', 168, 'adaptive')[0] for p in table.path])
     p = score_pairs(v @ v.T, table.person)
     assert eer(p.score, p.mated) < .05

@@ -18,7 +18,7 @@ from facelab.crop import take_face
 from facelab.datasets import data_root, photos_in
 from facelab.detect import Box, Face, detect, iou, register_detector
 from facelab.embed import Embeddings, Encoder, get_encoder
-from facelab.folder import embed_folder, load_photo, measure_photos, read_done, read_row, write_row
+from facelab.folder import embed_cached, embed_folder, load_photo, measure_photos, read_done, read_row, weights_digest, write_row
 from facelab.gallery import Gallery
 from facelab.images import load_image, load_scaled
 
@@ -274,3 +274,71 @@ def test_disk_full_with_two_workers(att, tmp_path):
     p = subprocess.run([sys.executable, '-c', script, str(dest)], capture_output=True, text=True, timeout=300)
     assert p.returncode != 0 and 'OSError' in p.stderr and not dest.exists()
     assert 10 < len(read_done(dest)) < 100
+
+
+# ---- which face, and measured once
+
+def test_central_face_not_the_largest(tmp_path):
+    def two(image, upsample): return [Face(Box(0, 60, 60, 0), 1.), Face(Box(40, 70, 60, 50), .5)]
+    register_detector('two', two)
+    try:
+        Image.new('RGB', (120, 100)).save(tmp_path/'a.png')
+        box = {which: [tuple(o) for o in run(table([tmp_path/'a.png']), detector='two', faces=which).faces.box] for which in ('largest', 'central', 'all')}
+    finally: D._detectors.pop('two')
+    assert box == dict(largest=[(0, 60, 60, 0)], central=[(40, 70, 60, 50)], all=[(0, 60, 60, 0), (40, 70, 60, 50)])
+
+
+def test_few_photos_are_in_memory_at_a_time(att, monkeypatch):
+    import facelab.folder as F
+    alive, most = set(), []
+    class Watched(np.ndarray):
+        def __del__(self): alive.discard(self.base.ctypes.data if self.base is not None else 0)
+    real = F.load_photo
+    def load(path, max_side):
+        row = real(path, max_side); a = np.zeros((2000, 1500, 3), np.uint8); alive.add(a.ctypes.data); row['image'] = a.view(Watched); most.append(len(alive))
+        return row
+    monkeypatch.setattr(F, 'load_photo', load)
+    register_detector('nobody', lambda image, upsample: [])
+    try: rows = measure_photos(list(att.path[:12]), QUICK, 'nobody')
+    finally: D._detectors.pop('nobody')
+    assert [r['status'] for r in rows] == ['no face']*12 and max(most) <= 3
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('FACELAB_CACHE', str(tmp_path/'cache'))
+    return tmp_path/'cache'
+
+
+def ask(photos, encoder=QUICK, **kw): return embed_cached(table(photos), encoder, detector='quick', progress=False, **kw)
+
+
+def test_every_photo_once(att, cache, quick):
+    a, b = ask(att.path[:6]), ask(att.path[3:9])
+    assert len(quick) == 9 and (a.vectors[3:] == b.vectors[:3]).all()
+    both = ask([*att.path[8:2:-1], att.path[0]])
+    assert len(quick) == 9 and both.paths == [*att.path[8:2:-1], att.path[0]] and (both.vectors[:6] == b.vectors[::-1]).all()
+    assert len(list(cache.iterdir())) == 1 and (next(cache.iterdir()).stat().st_mode & 0o077) == 0
+
+
+def test_other_weights_other_file(att, cache, quick):
+    nets = [torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 3)) for _ in range(2)]
+    one, two = (Encoder(o, 'same name', 16, 3, align='margin') for o in nets)
+    assert weights_digest(one) != weights_digest(two)
+    assert not np.allclose(ask(att.path[:3], one).vectors, ask(att.path[:3], two).vectors) and len(list(cache.iterdir())) == 2
+    assert weights_digest(Encoder(Means(), 'means', 16, 3, metric='euclidean', align='margin')) == weights_digest(QUICK)
+
+
+def test_lost_photos_are_reported_and_gone_ones_forgotten(att, cache, quick, tmp_path):
+    Image.open(att.path[0]).save(tmp_path/'mine.png')
+    r = ask([att.path[1], tmp_path/'nowhere.png', tmp_path/'mine.png']).report
+    assert r.status.tolist() == ['ok', 'bad image', 'ok'] and r.row.tolist() == [0, -1, 1]
+    (tmp_path/'mine.png').unlink()
+    ask([att.path[2]])
+    assert sorted(Embeddings.load(next(cache.iterdir())).paths) == sorted(att.path[1:3])
+    with pytest.raises(ValueError, match='by one face'): ask(att.path[:2], faces='all')
+
+
+def test_a_broken_cache_says_which_file(att, cache, quick):
+    ask(att.path[:2]); f = next(cache.iterdir()); f.write_bytes(f.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f.name[:10]): ask(att.path[:2])

@@ -30,13 +30,13 @@ def place_chip(
     left, top = ARCFACE[:2].mean(0) - size*np.array([x0 + x1, y0 + y1])/2
     return size, round(left), round(top)
 
-# %% ../../nbs/10c_models.edgeface.ipynb #20591406
+# %% ../../nbs/10c_models.edgeface.ipynb #10f4ed69
 class ArcFrame(nn.Module):
     "dlib's chips, (n, 3, size, size), laid on ArcFace's table: (n, 3, 112, 112), black where there is no chip"
     def __init__(self,
-        size:int=100, # side of the chips, pixels
-        left:int=6,   # where they begin, from the left
-        top:int=20,   # and from above
+        size:int=168, # side of the chips, pixels; the defaults are for chips that are cut 'wide'
+        left:int=-28, # where they begin, from the left; below 0: so much is cut off
+        top:int=-14,  # and from above
     ):
         super().__init__()
         self.pads = left, _side - size - left, top, _side - size - top
@@ -111,22 +111,22 @@ def convert_edgeface(
     finally: temp.unlink(missing_ok=True)
     return dest
 
-# %% ../../nbs/10c_models.edgeface.ipynb #31dc27f6
+# %% ../../nbs/10c_models.edgeface.ipynb #8a11b6ad
 _licence = 'weights CC BY-NC-SA 4.0 (not for commercial use), code BSD-3'
 
 def edgeface_encoder(
     path=None, # see `edgeface_path`
-)->Encoder:    # aligned chips of 100 pixels to 512 numbers
-    "EdgeFace-XS on dlib's chips, known as 'edgeface-xs'"
+)->Encoder:    # wide aligned chips of 168 pixels to 512 numbers
+    "EdgeFace-XS on dlib's wide chips, known as 'edgeface-xs'"
     path = edgeface_path(path)
     net = nn.Sequential(ArcFrame(), fill_edgeface(read_state(path), path.name))
-    return Encoder(net, 'edgeface-xs', 100, 512, align='chip', licence=_licence, mean=(127.5,)*3, std=(127.5,)*3, threshold=.22)
+    return Encoder(net, 'edgeface-xs', 168, 512, align='wide', licence=_licence, mean=(127.5,)*3, std=(127.5,)*3, threshold=.23)
 
 def edgeface_mirrored(
     path=None, # see `edgeface_path`
 )->Encoder:
     "EdgeFace-XS on the chip and its mirror image, known as 'edgeface-xs+mirror'"
-    return mirrored(edgeface_encoder(path), threshold=.22)
+    return mirrored(edgeface_encoder(path), threshold=.23)
 
 register_encoder('edgeface-xs', 'facelab.models.edgeface:edgeface_encoder')
 register_encoder('edgeface-xs+mirror', 'facelab.models.edgeface:edgeface_mirrored')
