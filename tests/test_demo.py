@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from facelab.datasets import att_faces, split_people
-from facelab.demo import COLUMNS, NotEnough, demo, judge, pixel_encoder, write_report
+from facelab.demo import COLUMNS, NotEnough, demo, judge, write_report
 from facelab.embed import embed
 from facelab.gallery import Gallery
 from facelab.images import load_image
+from facelab.models.baselines import pixels_encoder
 
 
 def class_of(folder, people, photos):
@@ -59,7 +60,7 @@ def test_small_class_with_a_bad_file_and_a_strange_name(tmp_path):
 def test_raw_pixels_are_what_they_were_measured_to_be():
     table = att_faces()
     strangers = split_people(table, .25, 42)[1].person.unique()
-    row = judge('raw pixels', '-', embed(table, pixel_encoder()), strangers, len(table))
+    row = judge('raw pixels', '-', embed(table, pixels_encoder(112, 'margin')), strangers, len(table))
     assert row['pairs'] == 4950 and abs(row['rank1'] - .67) < .02 and .12 < row['eer'] < .22 and row['eer_lo'] < row['eer'] < row['eer_hi']
 
 
