@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #317098eb
+# %% ../nbs/99_all.ipynb #05bf7eee
 import warnings
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -18,14 +18,27 @@ from .crop import *
 from .pairs import *
 from .train import *
 from .batches import *
+from .losses import *
 from .embed import *
+from .averaging import *
 from .metrics import *
+from .intervals import *
+from .allpairs import *
+from .calibration import *
 from .gallery import *
 from .models.dlib_resnet import *
+from .models.baselines import *
+from .models.edgeface import *
 from .models.dlib_mmod import *
 from .folder import *
 from .finetune import *
 from .speed import *
+from .protocols import *
+from .honesty import *
+from .baserates import *
+from .strangers import *
+from .fairness import *
+from .leaderboard import *
 from .demo import *
 
 # %% ../nbs/99_all.ipynb #6cca8f99

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'BARRED', 'BOARD', 'run_board', 'board', 'plot_board', 'plot_speed', 'compare', 'facelab_leaderboard']
 
-# %% ../nbs/25_leaderboard.ipynb #e51304c8
-from pathlib import Path
-
+# %% ../nbs/25_leaderboard.ipynb #913bab97
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.script import call_parse
+from matplotlib.ticker import NullFormatter
 
-from .protocols import add_result, evaluate, find_encoder, find_protocol, read_results, result_row
+from .protocols import add_result, evaluate, read_results, result_row
 
 # %% ../nbs/25_leaderboard.ipynb #db943c40
 SYSTEMS = {'pixels': 'nothing learned', 'gradients': 'nothing learned', 'eigenfaces': 'AT&T s01 to s30', 'dlib': "dlib's public weights", 'dlib+mirror': "dlib's public weights",
@@ -51,7 +50,7 @@ def board(
     order = results.pivot(index='system', columns='protocol', values='accuracy').reindex(columns=show).mean(axis=1).sort_values(ascending=False).index
     return t.assign(**{'ms a face': results.groupby('system').ms_per_face.min().map('{:.1f}'.format)}).loc[order]
 
-# %% ../nbs/25_leaderboard.ipynb #9bc8e8d3
+# %% ../nbs/25_leaderboard.ipynb #f17ca9c1
 def plot_board(
     results:pd.DataFrame, # from `read_results`
     protocols=None,       # panels; None: those of `BOARD` that have a row
@@ -63,10 +62,11 @@ def plot_board(
     for ax, p in zip(axs[0], show):
         r = results[results.protocol == p].set_index('system').reindex(names[::-1])
         ax.hlines(range(len(r)), 1 - r.hi, 1 - r.lo, color='#0072B2'); ax.plot(1 - r.accuracy, range(len(r)), 'o', color='#0072B2')
-        ax.set(xscale='log', title=p, xlabel='share of errors', yticks=range(len(r)), yticklabels=r.index); ax.grid(alpha=.3, which='both', axis='x')
+        ax.set(xscale='log', xlim=(min(1e-3, .8*(1 - results.hi).replace(0, 1).min()), 1), title=p, xlabel='share of errors', yticks=range(len(r)), yticklabels=r.index)
+        ax.xaxis.set_minor_formatter(NullFormatter()); ax.grid(alpha=.3, which='both', axis='x')
     return fig
 
-# %% ../nbs/25_leaderboard.ipynb #d4f023f1
+# %% ../nbs/25_leaderboard.ipynb #14e0321e
 def plot_speed(
     results:pd.DataFrame, # from `read_results`
     protocol:str='lfw-view2',
@@ -77,7 +77,7 @@ def plot_speed(
     if not len(r): raise ValueError(f'no results of {protocol!r}; there are {", ".join(sorted(set(results.protocol)))}')
     ax = ax or plt.subplots(figsize=(6, 3.8), layout='constrained')[1]
     ax.errorbar(r.ms_per_face, 1 - r.accuracy, yerr=[r.hi - r.accuracy, r.accuracy - r.lo], fmt='o', color='#D55E00', capsize=2)
-    for o in r.itertuples(): ax.annotate(o.system, (o.ms_per_face, 1 - o.accuracy), xytext=(5, 4), textcoords='offset points', fontsize=9)
+    for i, o in enumerate(r.sort_values('ms_per_face').itertuples()): ax.annotate(o.system, (o.ms_per_face, 1 - o.accuracy), xytext=(5, (6, -13)[i % 2]), textcoords='offset points', fontsize=9)
     ax.set(xscale='log', yscale='log', xlabel='ms a face', ylabel='share of errors', title=protocol); ax.grid(alpha=.3, which='both'); ax.margins(.2)
     return ax
 

@@ -10,25 +10,22 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points', 'plot_result',
            'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #80264663
-import json, os, sys, time, warnings
+# %% ../nbs/20_protocols.ipynb #50243b05
+import json, os, time, warnings
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 from fastcore.script import call_parse
 
-from .crop import crop_face
 from .datasets import att_faces, data_root, lfw, lfw_pairs, people_folder
 from .embed import encoders, get_encoder, similarity
 from .folder import embed_cached
-from .images import BadImage, load_image, show_faces
+from .images import show_faces
 from .intervals import rate_interval
-from .metrics import auc, eer, fnmr_at_fmr, match_ranks, plot_det, plot_roc, plot_scores, det_curve, roc, subject_bootstrap, wilson_ci
+from .metrics import auc, det_curve, eer, plot_det, plot_scores, roc, subject_bootstrap, wilson_ci
 from .train import SiameseNet, about_model, fill, make_body, read_weights
 
 # %% ../nbs/20_protocols.ipynb #423021e6

@@ -1,7 +1,14 @@
 "Fixtures that several test modules share."
+import atexit
 import io
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+if 'FACELAB_CACHE' not in os.environ:  # what tests and notebooks measure is shared among their processes, and gone afterwards
+    os.environ['FACELAB_CACHE'] = tempfile.mkdtemp(prefix='facelab-cache-')
+    atexit.register(shutil.rmtree, os.environ['FACELAB_CACHE'], ignore_errors=True)
 
 if workers := os.environ.get('PYTEST_XDIST_WORKER_COUNT'):  # the cores are shared out before NumPy and PyTorch count them
     for o in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[o] = str(max(1, (os.cpu_count() or 1)//int(workers)))

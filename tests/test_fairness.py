@@ -1,6 +1,5 @@
 "facelab.fairness against plain loops and known truths: counts, tosses, tests of differences, labels with mistakes"
 import io
-from itertools import combinations
 
 import numpy as np
 import pandas as pd

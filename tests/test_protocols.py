@@ -14,8 +14,8 @@ from PIL import Image
 
 from facelab.datasets import att_faces
 from facelab.embed import Embeddings, Encoder, similarity
-from facelab.protocols import (Protocol, best_threshold, blufr, check_pairs, evaluate, find_protocol, gallery_measures, judge_gallery, judge_pairs,
-                               k_photos_each, lfw_view1, mistakes, nearest_references, one_photo_each, open_set_points, pair_measures, pair_scores,
+from facelab.protocols import (best_threshold, blufr, check_pairs, evaluate, find_protocol, gallery_measures, judge_gallery, judge_pairs,
+                               k_photos_each, lfw_view1, mistakes, nearest_references, one_photo_each, open_set_points, pair_measures,
                                pairs_file, people_folds, threshold_for_strangers)
 
 rng = np.random.default_rng(0)
