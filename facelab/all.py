@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #05bf7eee
+# %% ../nbs/99_all.ipynb #d0e30f86
 import warnings
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -13,6 +13,7 @@ with warnings.catch_warnings(action='ignore', category=FutureWarning): from fast
 from .images import *
 from .datasets import *
 from .detect import *
+from .finders import *
 from .workers import *
 from .crop import *
 from .pairs import *

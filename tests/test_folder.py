@@ -133,7 +133,7 @@ def test_nothing(quick, tmp_path):
     assert len(found) == 0 and found.report.empty and len(Embeddings.load(tmp_path/'nothing.npz')) == 0
 
 
-@pytest.mark.parametrize('kw, text', [(dict(faces='both'), "'largest' or 'all'"), (dict(max_side=20), '80 or more'), (dict(detector='magic'), 'no detector named'), (dict(encoder='magic'), 'no encoder named'), (dict(workers=-1), 'at least one worker')])
+@pytest.mark.parametrize('kw, text', [(dict(faces='both'), "'central' or 'all'"), (dict(max_side=20), '80 or more'), (dict(detector='magic'), 'no detector named'), (dict(encoder='magic'), 'no encoder named'), (dict(workers=-1), 'at least one worker')])
 def test_refused(quick, att, kw, text):
     with pytest.raises(ValueError, match=text): run(table(att.path[:3]), **kw)
 
