@@ -852,6 +852,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'facelab.protocols.find_encoder': ('protocols.html#find_encoder', 'facelab/protocols.py'),
                                    'facelab.protocols.find_protocol': ('protocols.html#find_protocol', 'facelab/protocols.py'),
                                    'facelab.protocols.fold_error': ('protocols.html#fold_error', 'facelab/protocols.py'),
+                                   'facelab.protocols.gallery_eer': ('protocols.html#gallery_eer', 'facelab/protocols.py'),
                                    'facelab.protocols.gallery_measures': ('protocols.html#gallery_measures', 'facelab/protocols.py'),
                                    'facelab.protocols.judge_gallery': ('protocols.html#judge_gallery', 'facelab/protocols.py'),
                                    'facelab.protocols.judge_pairs': ('protocols.html#judge_pairs', 'facelab/protocols.py'),

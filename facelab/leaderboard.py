@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'BARRED', 'BOARD', 'run_board', 'board', 'plot_board', 'plot_speed', 'compare', 'facelab_leaderboard']
 
-# %% ../nbs/25_leaderboard.ipynb #913bab97
+# %% ../nbs/25_leaderboard.ipynb #5f0d4210
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -66,7 +68,7 @@ def plot_board(
         ax.xaxis.set_minor_formatter(NullFormatter()); ax.grid(alpha=.3, which='both', axis='x')
     return fig
 
-# %% ../nbs/25_leaderboard.ipynb #14e0321e
+# %% ../nbs/25_leaderboard.ipynb #61d4d9b1
 def plot_speed(
     results:pd.DataFrame, # from `read_results`
     protocol:str='lfw-view2',
@@ -75,10 +77,11 @@ def plot_speed(
     "Share of errors against milliseconds a face"
     r = results[results.protocol == protocol]
     if not len(r): raise ValueError(f'no results of {protocol!r}; there are {", ".join(sorted(set(results.protocol)))}')
-    ax = ax or plt.subplots(figsize=(6, 3.8), layout='constrained')[1]
-    ax.errorbar(r.ms_per_face, 1 - r.accuracy, yerr=[r.hi - r.accuracy, r.accuracy - r.lo], fmt='o', color='#D55E00', capsize=2)
-    for i, o in enumerate(r.sort_values('ms_per_face').itertuples()): ax.annotate(o.system, (o.ms_per_face, 1 - o.accuracy), xytext=(5, (6, -13)[i % 2]), textcoords='offset points', fontsize=9)
-    ax.set(xscale='log', yscale='log', xlabel='ms a face', ylabel='share of errors', title=protocol); ax.grid(alpha=.3, which='both'); ax.margins(.2)
+    ax = ax or plt.subplots(figsize=(7, 3.8), layout='constrained')[1]
+    for o, mark in zip(r.sort_values('ms_per_face').itertuples(), 'osv^D<>Ph*Xpd8' + 'o'*len(r)):
+        ax.errorbar(o.ms_per_face, 1 - o.accuracy, yerr=[[o.hi - o.accuracy], [o.accuracy - o.lo]], fmt=mark, capsize=2, label=o.system)
+    ax.set(xscale='log', yscale='log', xlabel='ms a face', ylabel='share of errors', title=protocol); ax.grid(alpha=.3, which='both')
+    ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
 # %% ../nbs/25_leaderboard.ipynb #a310b35c
@@ -98,13 +101,13 @@ def compare(
     lo, hi = np.quantile(boot, [.025, .975])
     return dict(difference=gap.mean(), lo=float(lo), hi=float(hi), only_a=int((gap > 0).sum()), only_b=int((gap < 0).sum()), n=len(gap))
 
-# %% ../nbs/25_leaderboard.ipynb #88682c5c
+# %% ../nbs/25_leaderboard.ipynb #48412678
 @call_parse
 def facelab_leaderboard(
     csv:str='data/results.csv', # table of results, read and written
     again:bool=False,           # measure the rows that are there once more
 ):
     "Evaluate every encoder under every protocol that can be had here. Example: facelab-leaderboard --csv data/results.csv"
-    absent = run_board(csv, again=again)
+    absent = run_board(csv, again=again, progress=None if sys.stdout.isatty() else False)
     print(board(read_results(csv)).to_string())
     for (system, protocol), why in absent.items(): print(f'not run: {system} on {protocol}: {why}')

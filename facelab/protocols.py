@@ -6,12 +6,12 @@
 __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of', 'check_pairs', 'lfw_view1', 'lfw_view2',
            'pairs_file', 'people_folds', 'k_photos_each', 'one_photo_each', 'lfw_open_set', 'blufr_lists', 'blufr',
            'row_similarity', 'pair_scores', 'best_threshold', 'judge_pairs', 'Result', 'fold_error', 'pair_measures',
-           'nearest_references', 'threshold_for_strangers', 'judge_gallery', 'gallery_measures', 'find_encoder',
-           'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points', 'plot_result',
-           'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
+           'nearest_references', 'threshold_for_strangers', 'judge_gallery', 'gallery_eer', 'gallery_measures',
+           'find_encoder', 'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points',
+           'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #50243b05
-import json, os, time, warnings
+# %% ../nbs/20_protocols.ipynb #f0b2d074
+import json, os, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.script import call_parse
+from scipy.stats import norm
 
 from .datasets import att_faces, data_root, lfw, lfw_pairs, people_folder
 from .embed import encoders, get_encoder, similarity
@@ -236,7 +237,7 @@ def judge_pairs(
     match = t.score >= t.threshold
     return t.assign(match=match, right=(match == t.mated) & t.score.notna())
 
-# %% ../nbs/20_protocols.ipynb #3ece2e14
+# %% ../nbs/20_protocols.ipynb #c82f5670
 @dataclass(eq=False)
 class Result:
     "What a system did under a protocol"
@@ -254,7 +255,8 @@ class Result:
     def json(self):
         "The main numbers as a dict of plain numbers and texts"
         m, acc = self.measures, self.measures.loc['accuracy']
-        out = dict(encoder=self.encoder, protocol=self.protocol.name, pairs=int(acc.n), accuracy=acc.value, se=self['se'], lo=acc.lo, hi=acc.hi)
+        se = self['se'] if np.isfinite(self['se']) else (acc.hi - acc.lo)/2/norm.ppf(.975)
+        out = dict(encoder=self.encoder, protocol=self.protocol.name, pairs=int(acc.n), accuracy=acc.value, se=se, lo=acc.lo, hi=acc.hi)
         out |= {k: self[k] for k in ('eer', 'threshold', 'fta', 'rank1', 'tpir', 'fpir') if k in m.index} | dict(seconds=round(self.seconds, 1), ms_per_face=round(self.ms_per_face, 2))
         return {k: None if isinstance(v, float) and np.isnan(v) else round(float(v), 6) if isinstance(v, (float, np.floating)) else v for k, v in out.items()}
 
@@ -330,7 +332,7 @@ def threshold_for_strangers(
     if not 0 < fpir < 1 or k < 1: raise ValueError(f'{len(s)} strangers cannot set a threshold for a false positive identification rate of {fpir:g}: bring {int(np.ceil(1/fpir)) if 0 < fpir < 1 else "more"} at least, or allow more')
     return float(np.nextafter(s[k], np.inf) if k < len(s) else s[-1])
 
-# %% ../nbs/20_protocols.ipynb #a8bc474c
+# %% ../nbs/20_protocols.ipynb #3df5f551
 def judge_gallery(
     near:pd.DataFrame, # from `nearest_references`
     fpir:float=.01,    # share of strangers that may be let in where the threshold is chosen
@@ -347,6 +349,21 @@ def judge_gallery(
     known = known.assign(first=known.own > known.other, right=lambda t: t['first'] & (t.own >= t.threshold))
     new = new.assign(first=False, right=~(new.score >= new.threshold))
     return pd.concat([known, new], ignore_index=True)
+
+def gallery_eer(
+    emb,                 # `Embeddings` with paths
+    table:pd.DataFrame,  # path, person, role
+    most:int=200_000,    # with more pairs than this there is no interval, and no number
+)->pd.DataFrame:         # one row, `eer`; or none
+    "Equal error rate of every probe with every reference, as pairs"
+    at = {p: i for i, p in enumerate(emb.paths)}
+    seen = table.assign(row=table.path.map(at)).dropna(subset='row').astype(dict(row=int))
+    probe, ref = (seen[seen.role == o] for o in ('probe', 'reference'))
+    t = pd.DataFrame(dict(left_person=np.repeat(probe.person.to_numpy(), len(ref)), right_person=np.tile(ref.person.to_numpy(), len(probe)))) if len(probe)*len(ref) <= most else table[:0].assign(left_person='', right_person='')
+    t['mated'] = t.left_person == t.right_person
+    if not t.mated.any() or t.mated.all(): return pd.DataFrame(columns=['value', 'lo', 'hi', 'n', 'of'])
+    s = similarity(emb.vectors[probe.row], emb.vectors[ref.row], emb.recipe['metric']).ravel()
+    return pd.DataFrame.from_dict(dict(eer=_boot(t, s, eer, 'pairs of a probe and a reference')), orient='index')
 
 def gallery_measures(
     trials:pd.DataFrame, # from `judge_gallery`
@@ -398,7 +415,7 @@ def time_encoder(
     once()
     return min(once() for _ in range(times))
 
-# %% ../nbs/20_protocols.ipynb #6f1a3635
+# %% ../nbs/20_protocols.ipynb #1f1e22f1
 def _fta(report, photos):
     lost = report.status != 'ok'
     lo, hi = wilson_ci(lost.sum(), len(lost))
@@ -409,7 +426,7 @@ def _judged(emb, protocol, threshold):
         trials = judge_pairs(protocol.table, pair_scores(emb, protocol.table), threshold)
         return trials, pair_measures(trials)
     trials = judge_gallery(nearest_references(emb, protocol.table), protocol.fpir, threshold)
-    return trials, gallery_measures(trials)
+    return trials, pd.concat([m for m in (gallery_measures(trials), gallery_eer(emb, protocol.table)) if len(m)])
 
 def evaluate(
     encoder,            # name, file or `Encoder`; see `find_encoder`
@@ -564,7 +581,7 @@ def _write(text, path):
     try: temp.write_text(text, encoding='utf-8'); os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../nbs/20_protocols.ipynb #8db9d0a4
+# %% ../nbs/20_protocols.ipynb #27d39f24
 def describe(
     result:Result, # from `evaluate`
 )->str:
@@ -588,7 +605,7 @@ def facelab_evaluate(
     init:str='',             # for that row: what the network started from, or was trained on
 ):
     "Evaluate a face encoder honestly: people-disjoint thresholds, intervals, failures counted. Example: facelab-evaluate --protocol lfw-view2 --json result.json"
-    try: result = evaluate(encoder, protocol, detector, upsample, threshold)
+    try: result = evaluate(encoder, protocol, detector, upsample, threshold, progress=None if sys.stdout.isatty() else False)
     except (ValueError, OSError) as e: raise SystemExit(f'facelab-evaluate: {e}')
     print(describe(result))
     if json: _write(_dumps(result.json()), json)

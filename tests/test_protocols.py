@@ -14,7 +14,7 @@ from PIL import Image
 
 from facelab.datasets import att_faces
 from facelab.embed import Embeddings, Encoder, similarity
-from facelab.protocols import (best_threshold, blufr, check_pairs, evaluate, find_protocol, gallery_measures, judge_gallery, judge_pairs,
+from facelab.protocols import (best_threshold, blufr, check_pairs, evaluate, find_protocol, gallery_eer, gallery_measures, judge_gallery, judge_pairs,
                                k_photos_each, lfw_view1, mistakes, nearest_references, one_photo_each, open_set_points, pair_measures,
                                pairs_file, people_folds, threshold_for_strangers)
 
@@ -93,6 +93,17 @@ def test_gallery_against_double_loops():
     for r in c.sample(8, random_state=0).itertuples():
         new, known = t[t.asked == 'stranger'], t[t.asked == 'known']
         assert (r.fpir, r.fnir) == pytest.approx(((new.score >= r.threshold).mean(), 1 - (known['first'] & (known.own >= r.threshold)).mean()))
+
+
+def test_gallery_eer_is_that_of_the_pairs():
+    from facelab.metrics import eer
+    emb, df = line(); p = one_photo_each(df, folds=3)
+    s = similarity(emb.vectors, emb.vectors, 'euclidean'); ref = set(p.table.index[p.table.role == 'reference'])
+    pairs = [(s[i, j], df.person[i] == df.person[j]) for i in range(len(df)) if i not in ref for j in ref]
+    e = gallery_eer(emb, p.table).loc['eer']
+    assert e.value == pytest.approx(eer(*zip(*pairs))) and e.n == len(pairs) and e.lo <= e.value <= e.hi
+    only = p.table[(p.table.person == 'p00')]
+    assert not len(gallery_eer(emb, only))
 
 
 def test_ties_are_not_first():
