@@ -16,7 +16,7 @@ from matplotlib.ticker import NullFormatter
 
 from .protocols import add_result, evaluate, read_results, result_row
 
-# %% ../nbs/25_leaderboard.ipynb #db943c40
+# %% ../nbs/25_leaderboard.ipynb #d23eb699
 SYSTEMS = {'pixels': 'nothing learned', 'gradients': 'nothing learned', 'eigenfaces': 'AT&T s01 to s30', 'dlib': "dlib's public weights", 'dlib+mirror': "dlib's public weights",
            'dlib+jitter': "dlib's public weights", 'edgeface-xs': "authors' weights", 'edgeface-xs+mirror': "authors' weights"}
 BARRED = {('eigenfaces', 'att-one-photo'): 'it was fitted to people of this test'}
@@ -37,7 +37,7 @@ def run_board(
             elif again or (name, p) not in have:
                 try: result = evaluate(name, p, progress=progress)
                 except (FileNotFoundError, ImportError, ValueError) as e: absent[name, p] = str(e)
-                else: add_result(csv, result_row(result, f'facelab-evaluate --encoder {name} --protocol {p}', init))
+                else: add_result(csv, result_row(result, f'facelab-evaluate --encoder {name} --protocol {p}', init, system=name))
     return absent
 
 # %% ../nbs/25_leaderboard.ipynb #c39be1c3

@@ -6,13 +6,13 @@
 __all__ = ['GreyPixels', 'pixels_encoder', 'fit_eigenfaces', 'save_eigenfaces', 'load_eigenfaces', 'GradientHistograms',
            'gradients_encoder', 'eigenfaces_encoder']
 
-# %% ../../nbs/10b_models.baselines.ipynb #3b3a4be8
+# %% ../../nbs/10b_models.baselines.ipynb #1d291c39
 import json
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch import nn
-from ..crop import NoFace, take_face
+from ..crop import take_face
 from ..datasets import att_faces
 from ..embed import Encoder, fit_size, load_npz, register_encoder, save_npz
 
@@ -96,7 +96,7 @@ class GradientHistograms(nn.Module):
         blocks = F.normalize(F.normalize(blocks, dim=1, eps=1e-3).clamp(max=.2), dim=1, eps=1e-3)
         return blocks.flatten(1)
 
-# %% ../../nbs/10b_models.baselines.ipynb #efa031a3
+# %% ../../nbs/10b_models.baselines.ipynb #cb03cf78
 def gradients_encoder(
     size:int=96,      # side, pixels: a multiple of the cell's
     cell:int=8,       # side of a cell, pixels
@@ -111,10 +111,8 @@ def eigenfaces_encoder(
 )->Encoder:
     "Eigenfaces, known as 'eigenfaces'; not to be judged on the people they were fitted to"
     if path is not None: return load_eigenfaces(path)
-    table, faces = att_faces(), []
-    for p in table.path[table.person <= 's30']:
-        try: faces.append(take_face(p, 'chip', 96, 'adaptive')[0])
-        except NoFace: continue
+    table = att_faces()
+    faces = [take_face(p, 'chip', 96, 'adaptive')[0] for p in table.path[table.person <= 's30']]
     return fit_eigenfaces(faces, 100)
 
 register_encoder('pixels', 'facelab.models.baselines:pixels_encoder')
