@@ -6,7 +6,7 @@
 __all__ = ['PADDINGS', 'add_margin', 'crop_face', 'align_face', 'NoFace', 'cut_face', 'take_face', 'safe_name', 'save_image',
            'crop_one', 'crop_folder', 'crops_of']
 
-# %% ../nbs/03_crop.ipynb #1cf85642
+# %% ../nbs/03_crop.ipynb #2b4ddea8
 import hashlib, json, os, re, time
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
-from .detect import Box, Face, detect, five_points, get_detector, register_detector
+from .detect import Box, Face, choose_faces, detect, five_points, get_detector, register_detector
 from .images import BadImage, load_image, rgb_array
 from .workers import WorkerDied, cores, share
 
@@ -66,7 +66,7 @@ def align_face(
 class NoFace(ValueError):
     "Raised when a photo has no face that the detector can find"
 
-# %% ../nbs/03_crop.ipynb #4a128e8a
+# %% ../nbs/03_crop.ipynb #96c4af61
 PADDINGS = dict(chip=.25, wide=.75)
 
 def _check_align(align):
@@ -88,13 +88,15 @@ def take_face(
     size:int=224,         # side of the result in pixels
     detector:str='hog',   # a name from `detectors()`
     upsample:int=1,       # how often to double the photo before looking
+    faces:str='largest',  # which one, when there are several: 'largest' or 'central', see `choose_faces`
 ):                        # (crop: PIL RGB, face: Face, n_faces: int)
-    "The largest face of a photo, cut the way an encoder wants it; raises `NoFace`"
+    "The face of a photo, cut the way an encoder wants it; raises `NoFace`"
     _check_align(align)
     image = rgb_array(photo)
-    faces = detect(image, detector, upsample)
-    if not faces: raise NoFace(f'no face found by {detector!r} with upsample {upsample}')
-    return cut_face(image, faces[0], align, size), faces[0], len(faces)
+    found = detect(image, detector, upsample)
+    if not found: raise NoFace(f'no face found by {detector!r} with upsample {upsample}')
+    face = choose_faces(found, faces, image.shape[1::-1])[0]
+    return cut_face(image, face, align, size), face, len(found)
 
 # %% ../nbs/03_crop.ipynb #890e6235
 def _digest(*parts): return hashlib.sha1(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -175,7 +177,7 @@ def _run(todo, settings, workers, log, progress):
             f.write(json.dumps(dict(key=job['key'], **row)) + '\n'); f.flush()
             yield job['key'], row
 
-# %% ../nbs/03_crop.ipynb #9e780995
+# %% ../nbs/03_crop.ipynb #438c1086
 def crop_folder(
     table:pd.DataFrame,   # column `path`, and `person` if known: `att_faces()`, `people_folder(...)`, ...
     dest,                 # folder for the crops and the log
@@ -185,11 +187,12 @@ def crop_folder(
     upsample:int=1,       # how often to double a photo before looking
     workers:int|None=None,# processes; None: one per core that may be used, fewer for a few photos
     progress:bool=True,   # show a progress bar?
+    faces:str='largest',  # which one of several: 'largest' or 'central', see `choose_faces`
 )->pd.DataFrame:          # path, person, crop, status, reason, box, n_faces, seconds
-    "Crop the largest face of every photo; one row of report per input, and what is done is never done twice"
-    _check_align(align)
+    "Crop the face of every photo; one row of report per input, and what is done is never done twice"
+    _check_align(align); choose_faces([], faces, (0, 0))
     dest = Path(dest); dest.mkdir(parents=True, exist_ok=True)
-    settings = dict(align=align, size=size, detector=detector, upsample=upsample)
+    settings = dict(align=align, size=size, detector=detector, upsample=upsample) | (dict(faces=faces) if faces != 'largest' else {})
     jobs, done = list(_jobs(table, dest, settings)), _read_log(dest/'log.jsonl')
     status = lambda j: done.get(j['key'], {}).get('status', 'failed')
     fresh = lambda j: status(j) == 'failed' or (status(j) == 'ok' and not Path(j['crop']).exists())

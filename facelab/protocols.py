@@ -10,7 +10,7 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'find_encoder', 'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points',
            'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #f0b2d074
+# %% ../nbs/20_protocols.ipynb #54bc3a2f
 import json, os, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from fastcore.script import call_parse
 from scipy.stats import norm
 
 from .datasets import att_faces, data_root, lfw, lfw_pairs, people_folder
-from .embed import encoders, get_encoder, similarity
+from .embed import METRICS, check_metric, encoders, get_encoder, load_encoder, similarity
 from .folder import embed_cached
 from .images import show_faces
 from .intervals import rate_interval
@@ -187,16 +187,17 @@ def blufr(
         t[f'trial{i}'] = role
     return Protocol('blufr', 'blufr', t, _OUTSIDE)
 
-# %% ../nbs/20_protocols.ipynb #4c860ce0
+# %% ../nbs/20_protocols.ipynb #f725d115
 def row_similarity(
     a,          # (n, d) embeddings
     b,          # (n, d) embeddings, row i belongs to row i of `a`
-    metric:str, # 'cosine' or 'euclidean'
-)->np.ndarray:  # float64 (n,), higher is more alike, 1 for identical photos
+    metric:str, # see `similarity`
+)->np.ndarray:  # float64 (n,), higher is more alike
     "Score of each row of `a` with the same row of `b`"
-    if metric not in ('cosine', 'euclidean'): raise ValueError(f"metric must be 'cosine' or 'euclidean', not {metric!r}")
+    check_metric(metric)
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if metric == 'euclidean': return 1 - np.linalg.norm(a - b, axis=1)
+    if metric == 'l1': return -(np.abs(a - b)*np.repeat([1, -1], a.shape[1]//2)).sum(1)
     return (a*b).sum(1)/np.maximum(np.linalg.norm(a, axis=1)*np.linalg.norm(b, axis=1), 1e-12)
 
 def pair_scores(
@@ -377,13 +378,14 @@ def gallery_measures(
     rows['threshold'] = dict(value=t.mean(), lo=t.min(), hi=t.max(), n=len(t), of='folds; lo and hi are the lowest and highest')
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'lo', 'hi', 'n', 'of'])
 
-# %% ../nbs/20_protocols.ipynb #9668b696
+# %% ../nbs/20_protocols.ipynb #2e820c68
 def _towers(path):
     "Two towers of `save_model` as an encoder"
     import torchvision
     from facelab.embed import Encoder, Tower
     about = about_model(path)
-    if about.get('model') != 'SiameseNet' or 'arch' not in about: raise ValueError(f'{path.name} holds {about.get("model", "weights without a description")}; an encoder can be made of two towers (SiameseNet) or of an .onnx file')
+    if 'network' in about: return load_encoder(path)
+    if about.get('model') != 'SiameseNet' or 'arch' not in about: raise ValueError(f'{path.name} holds {about.get("model", "weights without a description")}; an encoder can be made of a file of `save_encoder`, of two towers (SiameseNet) or of an .onnx file')
     model = SiameseNet(make_body(getattr(torchvision.models, about['arch']), 'none')[0])
     fill(model, read_weights(path), path.name)
     return Encoder(Tower(model), path.stem, about.get('size', 224), model.dim)
