@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'data_root', 'att_faces', 'photos_in', 'people_folder', 'lfw', 'parse_pairs', 'lfw_pairs', 'thumbnails',
-           'split_people', 'shared_photos', 'IdentityLeak', 'check_leak']
+           'split_people', 'att_split', 'shared_photos', 'IdentityLeak', 'check_leak']
 
 # %% ../nbs/01_datasets.ipynb #91ddcb09
 import hashlib, os, re, unicodedata, warnings
@@ -169,6 +169,12 @@ def split_people(
     n = min(max(round(len(names)*valid_pct), 1), len(names) - 1)
     held = df.person.isin([names[i] for i in np.random.default_rng(seed).permutation(len(names))[:n]])
     return df[~held].reset_index(drop=True), df[held].reset_index(drop=True)
+
+# %% ../nbs/01_datasets.ipynb #c80309a3
+def att_split()->tuple: # (people s01 to s30, people s31 to s40), two tables
+    "The AT&T faces, for training and for the test"
+    df = att_faces()
+    return tuple(t.reset_index(drop=True) for _, t in df.groupby(df.person > 's30'))
 
 # %% ../nbs/01_datasets.ipynb #077d33e3
 def _digest(path):
