@@ -339,6 +339,17 @@ def test_lost_photos_are_reported_and_gone_ones_forgotten(att, cache, quick, tmp
     with pytest.raises(ValueError, match='by one face'): ask(att.path[:2], faces='all')
 
 
+def test_photos_that_changed_are_measured_when_asked_for_and_not_before(att, cache, quick, tmp_path):
+    mine = [tmp_path/f'{i}.png' for i in range(3)]
+    for p, q in zip(mine, att.path): Image.open(q).save(p)
+    ask(mine)
+    for p in mine: os.utime(p, (1, 1))
+    ask(att.path[:1])
+    assert len(quick) == 4
+    ask(mine[:1])
+    assert len(quick) == 5
+
+
 def test_a_broken_cache_says_which_file(att, cache, quick):
     ask(att.path[:2]); f = next(cache.iterdir()); f.write_bytes(f.read_bytes()[:100])
     with pytest.raises(ValueError, match=f.name[:10]): ask(att.path[:2])
