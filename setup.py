@@ -11,7 +11,7 @@ cfg = config['DEFAULT']
 def lines(key): return [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
 
 extras = {k.removesuffix('_requirements'): lines(k) for k in cfg if k.endswith('_requirements')}
-extras['dev'] += [o for k, v in extras.items() if k != 'dev' for o in v]
+extras['dev'] += [o for k, v in extras.items() if k not in ('dev', 'yolo') for o in v]
 
 setup(author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].split(),
       classifiers=lines('classifiers'),

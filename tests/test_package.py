@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 import facelab
 
 ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = 'dev', 'onnx', 'metric', 'edgeface', 'explain', 'yolo'
 SOURCES = sorted((ROOT/'facelab').rglob('*.py'))
 MODULES = sorted(o.name for o in pkgutil.walk_packages(facelab.__path__, 'facelab.') if o.name != 'facelab._modidx')
 by_module = pytest.mark.parametrize('name', MODULES)
@@ -105,11 +106,11 @@ def same(found, written): assert {str(Requirement(o)) for o in found} == {str(Re
 
 def test_requirements_are_those_of_settings(built):
     found = [Requirement(o) for o in built[0].get_all('Requires-Dist')]
-    extra = {e: [str(o).split(';')[0] for o in found if o.marker and str(o.marker) == f'extra == "{e}"'] for e in ('dev', 'onnx', 'metric', 'edgeface')}
+    extra = {e: [str(o).split(';')[0] for o in found if o.marker and str(o.marker) == f'extra == "{e}"'] for e in EXTRAS}
     same([str(o) for o in found if not o.marker], settings('requirements'))
     assert set(built[0].get_all('Provides-Extra')) == set(extra)
-    for e in 'onnx', 'metric', 'edgeface': same(extra[e], settings(f'{e}_requirements'))
-    same(extra['dev'], [o for e in ('dev', 'onnx', 'metric', 'edgeface') for o in settings(f'{e}_requirements')])
+    for e in EXTRAS[1:]: same(extra[e], settings(f'{e}_requirements'))
+    same(extra['dev'], [o for e in EXTRAS if e != 'yolo' for o in settings(f'{e}_requirements')])
 
 
 def test_what_is_installed_is_up_to_date():
