@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #d0e30f86
+# %% ../nbs/99_all.ipynb #ff281e0d
 import warnings
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -30,6 +30,11 @@ from .gallery import *
 from .models.dlib_resnet import *
 from .models.baselines import *
 from .models.edgeface import *
+from .pretrain import *
+from .models.l1_siamese import *
+from .models.contrastive import *
+from .models.facenet import *
+from .models.triplet import *
 from .models.dlib_mmod import *
 from .folder import *
 from .finetune import *
@@ -40,6 +45,9 @@ from .baserates import *
 from .strangers import *
 from .fairness import *
 from .leaderboard import *
+from .comparison import *
+from .explain import *
+from .people import *
 from .demo import *
 
 # %% ../nbs/99_all.ipynb #6cca8f99

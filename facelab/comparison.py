@@ -93,7 +93,7 @@ class ArcFaceLabels:
 
 LOSSES = {'contrastive': ContrastiveGroups, 'triplet, semi-hard': TripletGroups, 'BCE on L1': L1Groups, 'CosFace': StudentLoss, 'ArcFace': ArcFaceLabels}
 
-# %% ../nbs/26_comparison.ipynb #ae2e481c
+# %% ../nbs/26_comparison.ipynb #2df4f7a0
 def short_training(
     pixels,             # uint8 (n, size, size, 3)
     known:pd.DataFrame, # row of `pixels`, person: to learn from
@@ -110,7 +110,7 @@ def short_training(
     views = GroupViews(pixels[known.row], pd.factorize(known.person)[0], m, getattr(loss, 'relate', False))
     mild = FaceAugment(size, grey=.1, blur=.1, cover=.2, degrees=8, zoom=.1, shift=.06)
     learn = pretrain(views, folder, epochs=epochs, bs=p, most=12//m, drop=0., loss=loss, augment=mild, **dict(dict(lr=1e-3), **kw))
-    learn.faces = epochs*(int(np.minimum(views.people.bincount(), 12//m).sum())//p)*p*m
+    learn.faces = epochs*(int(views.people.bincount().clamp(max=12//m).sum())//p)*p*m
     return learn
 
 # %% ../nbs/26_comparison.ipynb #501d8872

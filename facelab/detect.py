@@ -123,7 +123,7 @@ def cnn_dlib(
     "Faces by dlib's CNN detector, run by dlib: finds turned and covered faces too, slow on a processor"
     return [face_at(image, d.rect, d.confidence) for d in _cnn()(image, upsample)]
 
-# %% ../nbs/02_detect.ipynb #da54d3c4
+# %% ../nbs/02_detect.ipynb #e524adfd
 _detectors = {}
 
 def register_detector(
@@ -150,6 +150,7 @@ register_detector('cnn', 'facelab.models.dlib_mmod:cnn')
 register_detector('cnn-dlib', cnn_dlib)
 register_detector('adaptive', 'facelab.models.dlib_mmod:adaptive')
 for _name in 'haar', 'yunet', 'mtcnn', 'yolo': register_detector(_name, f'facelab.finders:{_name}')
+register_detector('whole', 'facelab.models.contrastive:whole_photo')
 
 # %% ../nbs/02_detect.ipynb #9951c922
 def detect(

@@ -491,14 +491,14 @@ def find_protocol(
     if Path(spec).is_file(): return pairs_file(spec)
     raise ValueError(f'no protocol, file or folder named {str(spec)!r}; protocols are {", ".join(PROTOCOLS)}')
 
-# %% ../nbs/20_protocols.ipynb #4d4f4947
+# %% ../nbs/20_protocols.ipynb #18a22c8e
 def mistakes(
     result:Result, # from `evaluate`
     k:int=10,      # how many
 )->pd.DataFrame:   # the worst first: left, right (the photo it was confused with, or its own reference), kind, score, threshold
     "Where the system was most wrong"
     t = result.trials[~result.trials.right & result.trials.score.notna()]
-    if result.protocol.task == 'pairs': out = t.assign(kind=np.where(t.mated, 'missed', 'false match'))
+    if result.protocol.task == 'pairs': out = t.assign(right=result.protocol.table.right[t.index], kind=np.where(t.mated, 'missed', 'false match'))
     else:
         refs = result.protocol.table.query('role == "reference"').drop_duplicates('person').set_index('person').path
         kind = np.select([t.asked == 'stranger', ~t['first']], ['stranger let in', 'wrong person first'], 'missed')

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -175,6 +176,15 @@ def test_whole_way(quick):
     w = mistakes(t, 5)
     assert len(w) == 5 and all(os.path.exists(o) for o in [*w.left, *w.right])
     assert (w.left_person != w.right_person).equals(w.kind != 'missed')
+
+
+def test_mistakes_of_pairs_name_both_photos():
+    p = some_pairs(40)
+    trials = judge_pairs(p, np.random.default_rng(0).random(40), .5)
+    w = mistakes(SimpleNamespace(trials=trials, protocol=SimpleNamespace(task='pairs', table=p)), 5)
+    assert len(w) == 5 and set(w.right) <= set(p.right) and set(w.kind) <= {'missed', 'false match'}
+    asked = p.set_index(['left', 'right']).mated
+    assert all(asked[l, r] == (k == 'missed') for l, r, k in zip(w.left, w.right, w.kind))
 
 
 def test_blufr_on_a_list_of_its_form(tmp_path, monkeypatch, quick):

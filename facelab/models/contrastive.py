@@ -8,7 +8,7 @@ __all__ = ['LFW_LICENCE', 'Twins', 'TwinSet', 'twin_dls', 'ContrastiveLoss', 'Co
            'train_published', 'plot_twins', 'row_of', 'seen_and_new', 'train_better', 'better_encoder',
            'kept_threshold', 'by_acquaintance']
 
-# %% ../../nbs/12_models.contrastive.ipynb #8b2a1d61
+# %% ../../nbs/12_models.contrastive.ipynb #06b660e7
 import hashlib, os, random, time, warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -26,7 +26,7 @@ with warnings.catch_warnings(action='ignore', category=FutureWarning): from fast
 from ..averaging import Averaged, affine_view, mirrored
 from ..batches import CropDL, cache_crops, speed_up
 from ..datasets import lfw_pairs
-from ..detect import Box, Face, register_detector
+from ..detect import Box, Face
 from ..embed import Encoder, pixel_stats, save_encoder, similarity
 from ..intervals import rate_interval
 from ..losses import contrastive_loss
@@ -217,15 +217,13 @@ def contrastive_encoder(
     mean, std = pixel_stats(learn)
     return Encoder(FaceTower(deepcopy(learn.model.body)), name, size, learn.model.dim, 'euclidean', threshold=threshold, mean=mean, std=std, **kw)
 
-# %% ../../nbs/12_models.contrastive.ipynb #7b6d856b
+# %% ../../nbs/12_models.contrastive.ipynb #c2d4d09b
 def whole_photo(
     image:np.ndarray, # (h, w, 3) RGB uint8
     upsample:int=0,   # has no meaning here
 )->list:              # one Face
     "A detector that does not look: the photo is the face"
     return [Face(Box(0, image.shape[1], image.shape[0], 0), 1.)]
-
-register_detector('whole', whole_photo)
 
 # %% ../../nbs/12_models.contrastive.ipynb #ca7b5608
 def train_published(
