@@ -100,7 +100,7 @@ class FaceAugment:
         x = random_blur(random_grey(x, self.grey), self.blur)
         return random_cover(random_noise(random_light(x, .25, .3, .8)), self.cover)
 
-# %% ../nbs/10d_pretrain.ipynb #0cbd7615
+# %% ../nbs/10d_pretrain.ipynb #ce7245a0
 class FaceViews:
     "Faces with the number of the person and, if there is one, a teacher's vector; takes a list of rows"
     n_inp = 1
@@ -109,7 +109,7 @@ class FaceViews:
         people,          # (n,) whole numbers, -1: nobody in particular
         targets=None,    # float (n, d), what a teacher says
     ):
-        self.pixels, self.people = pixels, torch.as_tensor(np.asarray(people)).long()
+        self.pixels, self.people = pixels, torch.as_tensor(np.array(people)).long()
         self.targets = None if targets is None else np.asarray(targets)
         self.c = int(self.people.max()) + 1 if len(self.people) else 0
         if not len(self.pixels) == len(self.people) or (targets is not None and len(targets) != len(self.people)): raise ValueError(f'{len(pixels)} faces for {len(self.people)} people and {0 if targets is None else len(targets)} targets')
