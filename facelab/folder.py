@@ -253,7 +253,7 @@ def weights_digest(
     for name, v in e.module.state_dict().items(): digest.update(name.encode() + v.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:10]
 
-# %% ../nbs/17_folder.ipynb #85b01a44
+# %% ../nbs/17_folder.ipynb #d52adc7e
 def embed_cached(
     source,             # folder (NAME/*.jpg or flat), or a table with `path` (and `person`)
     encoder=None,       # an `Encoder` or the name of one; None: 'dlib'
@@ -268,8 +268,9 @@ def embed_cached(
     parts = (get_encoder(encoder).name, weights_digest(encoder), detector, upsample, faces)
     dest = cache_root()/('-'.join(map(str, parts)) + '.npz')
     known = Embeddings.load(dest) if dest.exists() else Embeddings(np.zeros((0, 1)), [], {}, [])
-    asked = set(table.path)
-    extra = [(p, n) for p, n in zip(known.paths, known.names) if p not in asked and os.path.exists(p)]
+    asked, done = set(table.path), read_done(dest)
+    how = recipe(encoder, detector, upsample) | dict(detector=detector, upsample=upsample, faces=faces, max_side=3000)
+    extra = [(p, n) for p, n in zip(known.paths, known.names) if p not in asked and photo_key(p, how) in done]
     both = pd.concat([table[['path', 'person']], pd.DataFrame(extra, columns=['path', 'person'])], ignore_index=True)
     every = embed_folder(both, dest, encoder, detector, upsample, faces, progress=progress)
     report = every.report[:len(table)]
