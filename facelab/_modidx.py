@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'facelab.datasets.people_folder': ('datasets.html#people_folder', 'facelab/datasets.py'),
                                   'facelab.datasets.photos_in': ('datasets.html#photos_in', 'facelab/datasets.py'),
                                   'facelab.datasets.shared_photos': ('datasets.html#shared_photos', 'facelab/datasets.py'),
+                                  'facelab.datasets.shipped': ('datasets.html#shipped', 'facelab/datasets.py'),
                                   'facelab.datasets.split_people': ('datasets.html#split_people', 'facelab/datasets.py'),
                                   'facelab.datasets.thumbnails': ('datasets.html#thumbnails', 'facelab/datasets.py')},
             'facelab.demo': { 'facelab.demo.NotEnough': ('demo.html#notenough', 'facelab/demo.py'),
