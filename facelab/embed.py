@@ -97,7 +97,7 @@ def similarity(
     else: score = 1 - np.sqrt(np.maximum(na + nb - 2*a @ b.T, 0))
     return score.astype(np.float32)
 
-# %% ../nbs/06_embed.ipynb #20f5a107
+# %% ../nbs/06_embed.ipynb #e71da307
 _makers, _made = {}, {}
 
 def register_encoder(
@@ -113,6 +113,7 @@ def encoders()->list:
     return sorted(_makers)
 
 register_encoder('dlib', 'facelab.models.dlib_resnet:dlib_encoder')
+register_encoder('resnet34-faces', 'facelab.models.resnet34_faces:resnet34_faces')
 register_encoder('dlib-bf16', 'facelab.speed:dlib_bf16')
 register_encoder('dlib+mirror', 'facelab.averaging:dlib_mirrored')
 register_encoder('dlib+jitter', 'facelab.averaging:dlib_jittered')

@@ -277,11 +277,11 @@ def _restore(learn, tensors):
         if k.startswith('opt.'): i, name = k.split('.')[1:]; state[int(i)][name] = v
     for (p, *_), s in zip(learn.opt.all_params(), state): learn.opt.state[p].update(s)
 
-# %% ../nbs/10d_pretrain.ipynb #ca31cddb
+# %% ../nbs/10d_pretrain.ipynb #292120c8
 class KeepLog(Callback):
     "After every epoch: what it cost, what it brought, and a checkpoint"
     order = 80
-    def __init__(self, folder, recipe, log, judge=None, stop=None, every=1): store_attr()
+    def __init__(self, folder, recipe, log, judge=None, stop=None, every=1, progress=False): store_attr()
     def before_epoch(self): self.start, self.losses = time.perf_counter(), []
     def after_batch(self):
         if self.training: self.losses.append(self.loss.detach())
@@ -290,6 +290,7 @@ class KeepLog(Callback):
         row = dict(epoch=self.epoch + 1, loss=float(torch.stack(self.losses).mean()), seconds=round(time.perf_counter() - self.start, 1))
         if self.judge and (row['epoch'] % self.every == 0 or row['epoch'] == self.n_epoch): row |= self.judge(self.model)
         self.log.append(row)
+        if self.progress: print(f'epoch {row["epoch"]} of {self.n_epoch}', *(f'{k} {v:.4g}' for k, v in row.items() if k != 'epoch'), sep=', ', flush=True)
         if self.folder: save_state(self.learn, self.folder, self.recipe, self.log); keep_memory(False)
         if self.stop and time.perf_counter() > self.stop: raise CancelFitException
 
@@ -323,7 +324,18 @@ def first_body(
     if {k: v.shape for k, v in e.module.state_dict().items()} != {k: v.shape for k, v in own.items()}: raise ValueError(f'{Path(init).name} holds no body of {arch}')
     return e.module.body.cpu(), f'{e.name} {weights_digest(e)}'
 
-# %% ../nbs/10d_pretrain.ipynb #d1fa608b
+# %% ../nbs/10d_pretrain.ipynb #12548182
+def _student(views, arch, init, loss, drop):
+    "The network to be trained, and the name of its start"
+    body, start = first_body(arch, init)
+    return FaceStudent(body, num_features_model(body), int(views.c) if loss.labels and views.c else 0, 0 if views.targets is None else views.targets.shape[1], drop), start
+
+def _learner(dls, model, loss, wd, bf16, *cbs):
+    model.bf16 = bf16_units(dls.device) if bf16 is None else bf16
+    learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func=loss, opt_func=fused_adam, wd=wd, cbs=list(cbs))
+    learn.create_opt()
+    return learn
+
 def pretrain(
     views:FaceViews,     # to learn from
     folder=None,         # for checkpoints; a run that was interrupted goes on from there. None: keep nothing
@@ -343,22 +355,18 @@ def pretrain(
     seed:int=42,         # of everything random
     minutes:float=None,  # stop after the epoch in which these are over; None: never
     bf16:bool=None,      # multiply in bfloat16? None: where `bf16_units` are
+    progress:bool=False, # print a row after every epoch?
 )->Learner:              # with .log, a table: epoch, loss, seconds and what `judge` says
     "Train a network on faces by labels, a teacher, or both; resumes at the last finished epoch"
     set_seed(seed, True)
     loss, augment = loss or StudentLoss(), augment or FaceAugment()
-    body, start = first_body(arch, init)
-    labels = int(views.c) if loss.labels and views.c else 0
-    model = FaceStudent(body, num_features_model(body), labels, 0 if views.targets is None else views.targets.shape[1], drop)
-    dls = view_dls(views, augment, bs)
-    model.bf16 = bf16_units(dls.device) if bf16 is None else bf16
-    recipe = dict(arch=arch, init=start, epochs=epochs, lr=lr, wd=wd, bs=bs, most=most, drop=drop, total=total, seed=seed, augment=vars(augment), data=data_digest(views), faces=len(views), people=labels, **vars(loss))
+    model, start = _student(views, arch, init, loss, drop)
+    recipe = dict(arch=arch, init=start, epochs=epochs, lr=lr, wd=wd, bs=bs, most=most, drop=drop, total=total, seed=seed, augment=vars(augment), data=data_digest(views), faces=len(views), people=0 if model.people is None else len(model.people), **vars(loss))
     tensors, log = load_state(folder, recipe) if folder else ({}, [])
-    learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func=loss, opt_func=fused_adam, wd=wd, cbs=[Epochs(most, seed, total)])
-    learn.create_opt()
+    learn = _learner(view_dls(views, augment, bs), model, loss, wd, bf16, Epochs(most, seed, total))
     if tensors: _restore(learn, tensors)
     if len(log) < epochs:
-        keeper = KeepLog(folder, recipe, log, judge, minutes and time.perf_counter() + 60*minutes, every)
+        keeper = KeepLog(folder, recipe, log, judge, minutes and time.perf_counter() + 60*minutes, every, progress)
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, start_epoch=len(log), cbs=keeper)
     learn.log, learn.recipe = pd.DataFrame(log), recipe
     return learn
@@ -457,3 +465,8 @@ def student_views(
     names = sorted(set(known.person))
     place = {o: i for i, o in enumerate(names)}
     return FaceViews(np.asarray(pixels[known.row]), known.person.map(place).to_numpy()), names, kept
+
+# %% ../nbs/10d_pretrain.ipynb #26db0e1d
+if __name__ == '__main__' and '__file__' in globals():
+    from facelab.models.resnet34_faces import facelab_pretrain
+    facelab_pretrain()

@@ -56,7 +56,7 @@ def test_library_that_is_absent(monkeypatch):
         if name.startswith('pytorch_metric_learning'): raise ImportError(name)
         return real(name, *a, **k)
     monkeypatch.setattr(builtins, '__import__', gone)
-    with pytest.raises(ImportError, match='pip install pytorch-metric-learning'): library_semi_hard(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(ImportError, match=r'facelab\[metric\]'): library_semi_hard(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]))
 
 
 def test_collapsed():

@@ -94,7 +94,7 @@ def hardest(e, people, alpha=.2):
 
 MINERS = {'semi-hard': semi_hard, 'all': hard_enough, 'hardest': hardest}
 
-# %% ../../nbs/14_models.triplet.ipynb #5f589f85
+# %% ../../nbs/14_models.triplet.ipynb #53a656ac
 def library_semi_hard(
     e:torch.Tensor,      # (n, d) embeddings of a batch
     people:torch.Tensor, # (n,) who it is
@@ -102,7 +102,7 @@ def library_semi_hard(
 )->tuple:                # anchors (k,), positives (k,), negatives (k,)
     "The miner of pytorch-metric-learning, asked for the same triplets as `semi_hard`"
     try: from pytorch_metric_learning import distances, miners
-    except ImportError as err: raise ImportError('this miner needs an optional package: pip install pytorch-metric-learning') from err
+    except ImportError as err: raise ImportError("this miner needs an optional package: pip install 'facelab[metric]'") from err
     squared = distances.LpDistance(normalize_embeddings=False, power=2)
     return miners.TripletMarginMiner(margin=alpha, type_of_triplets='semihard', distance=squared)(e.detach(), people)
 
