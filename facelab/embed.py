@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'METRICS', 'fit_size', 'check_metric
            'encoders', 'get_encoder', 'recipe', 'save_npz', 'load_npz', 'Embeddings', 'photo_table', 'load_batch',
            'embed', 'Tower', 'pixel_stats', 'encoder_from', 'register_network', 'save_encoder', 'load_encoder']
 
-# %% ../nbs/06_embed.ipynb #f9572e47
+# %% ../nbs/06_embed.ipynb #6a7b1647
 import importlib, json, os, tempfile, zipfile
 from copy import deepcopy
 from dataclasses import dataclass, field, fields as dataclass_fields
@@ -16,9 +16,9 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from .datasets import people_folder, photos_in
+from .datasets import people_folder, photos_in, save_tensors
 from .images import BadImage, load_image
 
 # %% ../nbs/06_embed.ipynb #08cda481
@@ -307,7 +307,7 @@ def encoder_from(
     with torch.inference_mode(): dim = module(torch.zeros(1, 3, size, size, device=device)).shape[1]
     return Encoder(module, name, size, dim, **dict(dict(mean=mean, std=std), **kw))
 
-# %% ../nbs/06_embed.ipynb #1e5c596d
+# %% ../nbs/06_embed.ipynb #b588f503
 _networks = {'faces': 'facelab.pretrain:face_tower', 'l1-siamese': 'facelab.models.l1_siamese:l1_tower', 'contrastive': 'facelab.models.contrastive:contrastive_tower',
              'facenet': 'facelab.models.facenet:facenet_tower', 'triplet': 'facelab.models.triplet:triplet_tower'}
 
@@ -326,14 +326,8 @@ def save_encoder(
 )->Path:
     "An encoder as one file: weights as safetensors, everything else as JSON inside; whole or not at all"
     if network not in _networks: raise ValueError(f"no network named {network!r}; known are {', '.join(sorted(_networks))}")
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); temp = path.with_name(f'.{os.getpid()}-{path.name}')
     fields = {f.name: getattr(encoder, f.name) for f in dataclass_fields(Encoder) if f.name not in ('module', 'device')}
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in encoder.module.state_dict().items()}
-    try:
-        save_file(weights, temp, metadata={'facelab': json.dumps(dict(network=network, build=build, encoder=fields))})
-        os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-    return path
+    return save_tensors(encoder.module.state_dict(), path, facelab=dict(network=network, build=build, encoder=fields))
 
 # %% ../nbs/06_embed.ipynb #921a6af1
 def _about(path):

@@ -8,7 +8,7 @@ __all__ = ['loose_affine', 'random_grey', 'random_blur', 'random_cover', 'FaceAu
            'save_state', 'load_state', 'KeepLog', 'data_digest', 'FaceTower', 'face_tower', 'first_body', 'pretrain',
            'student_encoder', 'strangers_eer', 'make_views', 'teach', 'view1_people', 'view1_chips', 'student_views']
 
-# %% ../nbs/10d_pretrain.ipynb #f5762a26
+# %% ../nbs/10d_pretrain.ipynb #647726e3
 import hashlib, json, math, os, random, time, warnings
 from copy import deepcopy
 from pathlib import Path
@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
 
 from .batches import CropDL, bf16_units, cache_crops, fused_adam, keep_memory, random_light, random_noise
 from .crop import crop_folder, crops_of
-from .datasets import check_leak, data_root, lfw, split_people
+from .datasets import check_leak, data_root, lfw, save_tensors, split_people
 from .embed import Encoder, load_encoder, similarity
 from .folder import cache_root, weights_digest
 from .losses import cosface_logits
@@ -232,17 +232,11 @@ class Epochs(Callback):
         ds = self.dls.train.dataset
         self.dls.train.rows = people_balanced(ds.people, self.most, seed, self.total)
 
-# %% ../nbs/10d_pretrain.ipynb #96a1a64c
+# %% ../nbs/10d_pretrain.ipynb #ce93c4dc
 def _flat(state):
     "Optimiser state as tensors by name"
-    return {f'{i}.{k}': v.detach().cpu().contiguous().clone() for i, s in enumerate(state) for k, v in s.items() if isinstance(v, Tensor)}
+    return {f'{i}.{k}': v for i, s in enumerate(state) for k, v in s.items() if isinstance(v, Tensor)}
 
-def _whole(path, write):
-    temp = path.with_name(f'.{os.getpid()}-{path.name}')
-    try: write(temp); os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-
-#| export
 def save_state(
     learn,       # a Learner between two epochs
     folder,      # where
@@ -250,10 +244,8 @@ def save_state(
     log:list,    # one row per finished epoch
 ):
     "Weights, optimiser and log of a training, all or nothing: one file of tensors, its JSON inside"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f'model.{k}': v.detach().cpu().contiguous().clone() for k, v in learn.model.state_dict().items()}
-    tensors |= {f'opt.{k}': v for k, v in _flat(learn.opt.state_dict()['state']).items()}
-    _whole(folder/'state.safetensors', lambda p: save_file(tensors, p, metadata=dict(facelab=json.dumps(dict(recipe=recipe, log=log)))))
+    tensors = {f'model.{k}': v for k, v in learn.model.state_dict().items()} | {f'opt.{k}': v for k, v in _flat(learn.opt.state_dict()['state']).items()}
+    save_tensors(tensors, Path(folder)/'state.safetensors', facelab=dict(recipe=recipe, log=log))
 
 def load_state(
     folder,      # of `save_state`

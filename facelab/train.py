@@ -8,7 +8,7 @@ __all__ = ['FACES_FILE', 'FACES_SHA256', 'imagenet_weights', 'read_weights', 'fi
            'similarity_of', 'SiameseNet', 'PairDataset', 'pair_dls', 'siamese_splitter', 'siamese_learner',
            'plot_losses', 'save_model', 'about_model']
 
-# %% ../nbs/05_train.ipynb #62702048
+# %% ../nbs/05_train.ipynb #5ad17ac6
 import hashlib, json, os, socket, tempfile, warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from .datasets import shipped
+from .datasets import save_tensors, shipped
 from .pairs import augmentation, read_pair
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -283,20 +283,14 @@ def plot_losses(
     ax.set(xlabel='epoch', ylabel='loss'); ax.legend()
     return ax
 
-# %% ../nbs/05_train.ipynb #bcf0c4cb
+# %% ../nbs/05_train.ipynb #026916af
 def save_model(
     learn,         # a trained Learner
     path,          # where; .safetensors
     **about,       # what the numbers belong to: arch, size, init, ...
 ):                 # the path
     "The weights of a learner as safetensors with a description inside, written whole or not at all"
-    path = Path(path); temp = path.with_name(f'.{os.getpid()}-{path.name}')
-    weights = {k: v.detach().cpu().contiguous() for k, v in learn.model.state_dict().items()}
-    try:
-        save_file(weights, temp, metadata={'facelab': json.dumps(dict(model=type(learn.model).__name__, **about))})
-        os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-    return path
+    return save_tensors(learn.model.state_dict(), path, facelab=dict(model=type(learn.model).__name__, **about))
 
 def about_model(
     path, # .safetensors written by `save_model`

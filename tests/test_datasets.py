@@ -300,3 +300,22 @@ def test_shipped_files_in_a_checkout_and_in_an_installed_package(tmp_path, monke
     monkeypatch.setattr(facelab, '__file__', str(home/'__init__.py'))
     assert shipped('weights/w.bin') == home/'data'/'weights'/'w.bin'
     with pytest.raises(FileNotFoundError, match='results.csv'): shipped('results.csv')
+
+
+FULL = '''
+import resource, signal, sys, torch
+from facelab.datasets import save_tensors
+save_tensors(dict(a=torch.zeros(10)), sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try: save_tensors(dict(a=torch.ones(10_000)), sys.argv[1])
+except OSError as e: print('OSError', e)
+'''
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limit of file sizes')
+def test_a_disk_that_is_full_keeps_the_old_file(tmp_path):
+    from safetensors.torch import load_file
+    path = tmp_path/'a.safetensors'
+    r = subprocess.run([sys.executable, '-c', FULL, str(path)], capture_output=True, text=True, timeout=120)
+    assert r.stdout.startswith('OSError') and 'a.safetensors' in r.stdout, r.stdout + r.stderr
+    assert load_file(path)['a'].sum() == 0 and [o.name for o in tmp_path.iterdir()] == ['a.safetensors']

@@ -6,14 +6,14 @@
 __all__ = ['ARCFACE', 'place_chip', 'ArcFrame', 'edgeface_net', 'merge_low_rank', 'read_state', 'fill_edgeface', 'edgeface_path',
            'convert_edgeface', 'edgeface_encoder', 'edgeface_mirrored']
 
-# %% ../../nbs/10c_models.edgeface.ipynb #74ad87b7
+# %% ../../nbs/10c_models.edgeface.ipynb #71130a84
 import importlib, os
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from ..averaging import mirrored
-from ..datasets import data_root
+from ..datasets import data_root, save_tensors
 from ..embed import Encoder, register_encoder
 
 # %% ../../nbs/10c_models.edgeface.ipynb #d82bf97c
@@ -86,7 +86,7 @@ def fill_edgeface(
         raise ValueError(f'{name}: not the weights of EdgeFace-XS: {len(odd)} tensors are missing, too many or of another shape, such as {odd[0]}') from None
     return net.eval()
 
-# %% ../../nbs/10c_models.edgeface.ipynb #ec260c11
+# %% ../../nbs/10c_models.edgeface.ipynb #c1be02aa
 _home = 'https://huggingface.co/Idiap/EdgeFace-XS-GAMMA-06'
 
 def edgeface_path(
@@ -104,12 +104,7 @@ def convert_edgeface(
 )->Path:
     "Check a file of weights against the network and write it as .safetensors, all or nothing"
     dest = Path(dest or data_root()/'weights'/'edgeface_xs.safetensors')
-    net = fill_edgeface(read_state(source), Path(source).name)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    temp = dest.with_name(f'.{os.getpid()}-{dest.name}')
-    try: save_file(net.state_dict(), temp); os.replace(temp, dest)
-    finally: temp.unlink(missing_ok=True)
-    return dest
+    return save_tensors(fill_edgeface(read_state(source), Path(source).name).state_dict(), dest)
 
 # %% ../../nbs/10c_models.edgeface.ipynb #8a11b6ad
 _licence = 'weights CC BY-NC-SA 4.0 (not for commercial use), code BSD-3'

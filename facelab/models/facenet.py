@@ -11,7 +11,7 @@ __all__ = ['FACENET_FILES', 'CLASS_RECIPES', 'plain_adam', 'ConvNorm', 'conv_row
            'time_classifier', 'class_costs', 'save_classifier', 'load_classifier', 'UnitLength', 'as_learner',
            'small_class_row', 'save_class_table', 'plot_classes']
 
-# %% ../../nbs/13_models.facenet.ipynb #5c616c06
+# %% ../../nbs/13_models.facenet.ipynb #e397b85b
 import io, json, os, random, time, warnings, zlib
 from collections import OrderedDict
 from contextlib import redirect_stdout
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from fastcore.basics import chunked
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet50
@@ -38,7 +38,7 @@ with warnings.catch_warnings(action='ignore', category=FutureWarning):
 
 from ..batches import CropDL, fused_adam
 from ..crop import cut_face, take_face
-from ..datasets import data_root
+from ..datasets import data_root, save_tensors
 from ..detect import detect
 from ..embed import IMAGENET_MEAN, IMAGENET_STD, Encoder, fit_size, get_encoder, load_npz, save_npz, similarity
 from ..finders import fetch
@@ -150,7 +150,7 @@ def fill_facenet(
         raise ValueError(f'{name}: not the weights of InceptionResnetV1: {len(odd)} tensors are missing, too many or of another shape, such as {odd[0]}') from None
     return net.eval()
 
-# %% ../../nbs/13_models.facenet.ipynb #6d05855f
+# %% ../../nbs/13_models.facenet.ipynb #fb757d0c
 def _home(which): return data_root()/'weights'/f'facenet-{which}.safetensors'
 
 def facenet_path(
@@ -168,12 +168,7 @@ def convert_facenet(
 )->Path:
     "Check a file of weights against the network and write it as .safetensors, all or nothing"
     source, dest = Path(source), Path(dest or _home('vggface2'))
-    net = fill_facenet(read_state(source), source.name)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    temp = dest.with_name(f'.{os.getpid()}-{dest.name}')
-    try: save_file(net.state_dict(), temp); os.replace(temp, dest)
-    finally: temp.unlink(missing_ok=True)
-    return dest
+    return save_tensors(fill_facenet(read_state(source), source.name).state_dict(), dest)
 
 def get_facenet(
     which:str='vggface2', # or 'casia-webface'
@@ -534,7 +529,7 @@ def class_costs(
     return dict(device=classifier.encoder.device, parameters=body + head, head=head, mb=mb, memory_mb=mb + peak_memory(classifier.encoder, bs)/1e6,
                 ms_one=time_classifier(classifier, 1, times), ms_batch=time_classifier(classifier, bs, times))
 
-# %% ../../nbs/13_models.facenet.ipynb #5663ba6e
+# %% ../../nbs/13_models.facenet.ipynb #09215077
 def _probe(encoder):
     return encoder.encode([np.random.default_rng(7).integers(0, 256, (encoder.size, encoder.size, 3), dtype=np.uint8)])[0]
 
@@ -543,15 +538,12 @@ def save_classifier(
     path, # .safetensors
 )->Path:
     "Head, references and names in one file, all or nothing; the body by its name"
-    c, path = classifier, Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f'head.{k}': v.detach().cpu().contiguous() for k, v in c.head.state_dict().items()}
+    c = classifier
+    tensors = {f'head.{k}': v for k, v in c.head.state_dict().items()}
     tensors |= {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in dict(references=c.references, owners=c.owners.astype(np.int64), probe=_probe(c.encoder)).items()}
     about = dict(names=c.names, recipe=c.recipe, score=c.score, threshold=c.threshold, encoder=c.encoder.name, dim=c.encoder.dim,
                  **{k: getattr(c, k).to_json() for k in ('epochs', 'valid') if getattr(c, k) is not None})
-    temp = path.with_name(f'.{os.getpid()}-{path.name}')
-    try: save_file(tensors, temp, metadata=dict(classifier=json.dumps(about))); os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-    return path
+    return save_tensors(tensors, path, classifier=about)
 
 def load_classifier(
     path,         # written by `save_classifier`

@@ -8,7 +8,7 @@ __all__ = ['MINERS', 'pixel_distance', 'TripletBlock', 'TripletNet', 'triplet_to
            'body_and_head', 'triplet_learner', 'save_checkpoint', 'load_checkpoint', 'TripletLog', 'fit_triplet',
            'plot_triplet_logs', 'triplet_encoder', 'plot_distances', 'gallery_sizes']
 
-# %% ../../nbs/14_models.triplet.ipynb #a2772348
+# %% ../../nbs/14_models.triplet.ipynb #bc563d79
 import hashlib, json, math, os, random, warnings
 from copy import deepcopy
 from pathlib import Path
@@ -19,13 +19,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
 
 from ..batches import cache_crops, crop_dls, speed_up
-from ..datasets import check_leak
+from ..datasets import check_leak, save_tensors
 from ..embed import Encoder, fit_size, pixel_stats, similarity
 from ..intervals import rate_interval
 from ..losses import all_triplets, semi_hard, squared_distances, triplet_loss
@@ -199,21 +199,16 @@ def triplet_learner(
     learn = Learner(dls, model, loss_func=TripletLoss(alpha, mine), metrics=metric, splitter=body_and_head)
     return speed_up(learn, bf16)
 
-# %% ../../nbs/14_models.triplet.ipynb #69643f85
+# %% ../../nbs/14_models.triplet.ipynb #5bc3ceac
 def save_checkpoint(
     learn,      # a `Learner` in the middle of its training
     path,       # .safetensors
     about:dict, # JSON-able
 )->Path:
     "Weights and optimiser of a learner in one file, whole or not at all"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); temp = path.with_name(f'.{os.getpid()}-{path.name}')
     state = {f'model.{k}': v for k, v in learn.model.state_dict().items()}
     state |= {f'opt.{i}.{k}': v for i, (p, *_) in enumerate(learn.opt.all_params()) for k, v in learn.opt.state[p].items() if torch.is_tensor(v)}
-    try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temp, metadata={'training': json.dumps(about)})
-        os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-    return path
+    return save_tensors(state, path, training=about)
 
 def load_checkpoint(
     learn,      # a `Learner` of the same network
