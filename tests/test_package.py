@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 import facelab
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = 'dev', 'onnx', 'metric', 'edgeface', 'explain', 'yolo'
+EXTRAS = 'dev', 'onnx', 'metric', 'edgeface', 'explain', 'app', 'heif', 'yolo'
 SOURCES = sorted((ROOT/'facelab').rglob('*.py'))
 MODULES = sorted(o.name for o in pkgutil.walk_packages(facelab.__path__, 'facelab.') if o.name != 'facelab._modidx')
 by_module = pytest.mark.parametrize('name', MODULES)
