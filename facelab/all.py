@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #ff281e0d
+# %% ../nbs/99_all.ipynb #212f00db
 import warnings
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -35,6 +35,7 @@ from .models.l1_siamese import *
 from .models.contrastive import *
 from .models.facenet import *
 from .models.triplet import *
+from .models.resnet34_faces import *
 from .models.dlib_mmod import *
 from .folder import *
 from .finetune import *
@@ -48,6 +49,12 @@ from .leaderboard import *
 from .comparison import *
 from .explain import *
 from .people import *
+from .sorting import *
+from .desk import *
+from .app import *
+from .collect import *
+from .cli import *
+from .video import *
 from .demo import *
 
 # %% ../nbs/99_all.ipynb #6cca8f99

@@ -10,7 +10,7 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'find_encoder', 'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points',
            'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #54bc3a2f
+# %% ../nbs/20_protocols.ipynb #9399faf0
 import json, os, sys, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,6 @@ from .folder import embed_cached
 from .images import show_faces
 from .intervals import rate_interval
 from .metrics import auc, det_curve, eer, plot_det, plot_scores, roc, subject_bootstrap, wilson_ci
-from .train import SiameseNet, about_model, fill, make_body, read_weights
 
 # %% ../nbs/20_protocols.ipynb #423021e6
 @dataclass(eq=False)
@@ -378,11 +377,12 @@ def gallery_measures(
     rows['threshold'] = dict(value=t.mean(), lo=t.min(), hi=t.max(), n=len(t), of='folds; lo and hi are the lowest and highest')
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'lo', 'hi', 'n', 'of'])
 
-# %% ../nbs/20_protocols.ipynb #2e820c68
+# %% ../nbs/20_protocols.ipynb #a89d6c69
 def _towers(path):
     "Two towers of `save_model` as an encoder"
     import torchvision
     from facelab.embed import Encoder, Tower
+    from facelab.train import SiameseNet, about_model, fill, make_body, read_weights
     about = about_model(path)
     if 'network' in about: return load_encoder(path)
     if about.get('model') != 'SiameseNet' or 'arch' not in about: raise ValueError(f'{path.name} holds {about.get("model", "weights without a description")}; an encoder can be made of a file of `save_encoder`, of two towers (SiameseNet) or of an .onnx file')
@@ -583,7 +583,7 @@ def _write(text, path):
     try: temp.write_text(text, encoding='utf-8'); os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../nbs/20_protocols.ipynb #27d39f24
+# %% ../nbs/20_protocols.ipynb #a65f5d5d
 def describe(
     result:Result, # from `evaluate`
 )->str:
@@ -604,15 +604,15 @@ def facelab_evaluate(
     json:str=None,           # file for the main numbers
     figures:str=None,        # folder for the curves and the worst mistakes
     csv:str=None,            # table of results to put a row into
-    init:str='',             # for that row: what the network started from, or was trained on
+    trained_on:str='',       # for that row: what the network has learned from, in words
 ):
     "Evaluate a face encoder honestly: people-disjoint thresholds, intervals, failures counted. Example: facelab-evaluate --protocol lfw-view2 --json result.json"
     try: result = evaluate(encoder, protocol, detector, upsample, threshold, progress=None if sys.stdout.isatty() else False)
-    except (ValueError, OSError) as e: raise SystemExit(f'facelab-evaluate: {e}')
+    except (ValueError, OSError, ImportError) as e: print(f'facelab-evaluate: {e}', file=sys.stderr); raise SystemExit(2)
     print(describe(result))
     if json: _write(_dumps(result.json()), json)
     extra = ''.join(f' --{k} {v}' for k, v, usual in (('detector', detector, 'adaptive'), ('upsample', upsample, 1), ('threshold', threshold, None)) if v != usual)
-    if csv: add_result(csv, result_row(result, f'facelab-evaluate --encoder {encoder} --protocol {protocol}{extra}', init))
+    if csv: add_result(csv, result_row(result, f'facelab-evaluate --encoder {encoder} --protocol {protocol}{extra}', trained_on))
     for name, fig in dict(curves=plot_result, mistakes=show_mistakes).items() if figures and result.protocol.task != 'blufr' else ():
         Path(figures).mkdir(parents=True, exist_ok=True)
         if f := fig(result): f.savefig(Path(figures)/f'{name}.png', dpi=110, bbox_inches='tight')

@@ -40,7 +40,7 @@ def test_one_line_on_the_command_line(tmp_path):
     command = Path(sys.executable).parent/'facelab-demo'
     p = subprocess.run([command, '--data', tmp_path/'empty', '--out', tmp_path/'out'], capture_output=True, text=True, timeout=120)
     last = p.stderr.strip().splitlines()[-1]
-    assert p.returncode == 1 and last.startswith('facelab-demo: ') and 'no folders of people' in last and 'Traceback' not in p.stderr
+    assert p.returncode == 2 and last.startswith('facelab-demo: ') and 'no folders of people' in last and 'Traceback' not in p.stderr
 
 
 def test_small_class_with_a_bad_file_and_a_strange_name(tmp_path):

@@ -223,4 +223,4 @@ def test_command_line(tmp_path):
     script = Path(sys.executable).parent/'facelab-evaluate'
     if not script.exists(): pytest.skip('facelab is not installed with its commands')
     r = subprocess.run([script, '--protocol', 'nowhere'], capture_output=True, text=True)
-    assert r.returncode == 1 and 'no protocol, file or folder' in r.stderr and 'Traceback' not in r.stderr
+    assert r.returncode == 2 and 'no protocol, file or folder' in r.stderr and 'Traceback' not in r.stderr

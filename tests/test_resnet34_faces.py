@@ -147,4 +147,4 @@ def test_the_file_that_travels():
 
 def test_the_command_says_what_is_missing(tmp_path):
     r = subprocess.run([sys.executable, '-m', 'facelab.pretrain', '--out', str(tmp_path/'o')], capture_output=True, text=True, timeout=120, env={**os.environ, 'FACELAB_DATA': str(tmp_path)})
-    assert r.returncode == 1 and 'no such file' in r.stderr and 'Traceback' not in r.stderr
+    assert r.returncode == 2 and 'no such file' in r.stderr and 'Traceback' not in r.stderr
