@@ -6,7 +6,7 @@
 __all__ = ['FRAME_COLOURS', 'enrol_folder', 'name_photos', 'face_rows', 'name_font', 'place_labels', 'draw_names', 'picture_name',
            'write_pictures', 'people_demo', 'facelab_people']
 
-# %% ../nbs/28_people.ipynb #64238c4a
+# %% ../nbs/28_people.ipynb #c68ae7e7
 import os, sys, unicodedata
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from .crop import safe_name, save_image
-from .datasets import people_folder
+from .datasets import people_folder, photos_in
 from .detect import Box
 from .embed import Embeddings
 from .folder import embed_folder
@@ -206,7 +206,7 @@ def write_pictures(
         else: rows.loc[t.index, 'picture'] = name
     return rows
 
-# %% ../nbs/28_people.ipynb #d7c84c6a
+# %% ../nbs/28_people.ipynb #50ba9456
 def people_demo(
     dir,                # folder with one folder of photos for each person
     query,              # photo or folder of photos
@@ -221,7 +221,7 @@ def people_demo(
     if not Path(query).exists(): raise ValueError(f'no photo or folder at {query}')
     if out: _check_out(out, dir, query)
     gallery, report = enrol_folder(dir, encoder, detector, upsample, threshold, progress)
-    rows = face_rows(name_photos(gallery, query if Path(query).is_dir() else [query], progress=progress)).assign(threshold=gallery.threshold)
+    rows = face_rows(name_photos(gallery, photos_in(query) if Path(query).is_dir() else [query], progress=progress)).assign(threshold=gallery.threshold)
     root = Path(query) if Path(query).is_dir() else Path(query).parent
     return (write_pictures(rows, root, out) if out else rows), report
 
@@ -229,7 +229,7 @@ def _said(rows, root):
     t = rows.assign(photo=[Path(p).relative_to(root).as_posix() for p in rows.path], name=rows['name'].where(rows.face > 0, rows.status + ' ' + rows.reason))
     return t[['photo', 'face', 'name', 'score', 'nearest']].to_string(index=False, float_format=lambda v: f'{v:.2f}', na_rep='', justify='left')
 
-# %% ../nbs/28_people.ipynb #a3aea84b
+# %% ../nbs/28_people.ipynb #315053a7
 def _json(rows, report, encoder, detector):
     "What was found as plain texts and numbers"
     plain = lambda t: [{k: None if v is None or (isinstance(v, float) and np.isnan(v)) else list(map(int, v)) if isinstance(v, tuple) else v for k, v in r.items()} for r in t.to_dict('records')]
@@ -245,8 +245,12 @@ def facelab_people(
     upsample:int=1,          # how often to double each photo before looking for faces
     out:str=None,            # folder for the photos with boxes and names
     json:str=None,           # file for the list of faces
+    sort:str=None,           # instead of --query: folder of photos to be sorted by people, known or not, see facelab-sort
 ):
-    "Name every face in photos from a folder of people; strangers stay unknown. Example: facelab-people people --query party.jpg --out named --json faces.json"
+    "Name every face in photos from a folder of people; strangers stay unknown. Examples: facelab-people people --query party.jpg --out named --json faces.json; facelab-people people --sort holiday"
+    if sort:
+        from facelab.sorting import facelab_sort
+        return facelab_sort(sort, people=dir, out=out, threshold=threshold, encoder=encoder, detector=detector, upsample=upsample, json=json)
     try:
         if not query: raise ValueError('--query is missing: the photo, or the folder of photos, whose faces are to be named')
         rows, report = people_demo(dir, query, encoder, detector, threshold, upsample, out, None if sys.stdout.isatty() else False)

@@ -1,6 +1,9 @@
 "Faces of photos named from a folder of people: strangers, failures, labels and files"
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +14,7 @@ from facelab.crop import safe_name
 from facelab.datasets import att_split
 from facelab.detect import Box
 from facelab.gallery import UNKNOWN
+from facelab.images import load_image
 from facelab.people import (_check_out, _has_all, _fonts, draw_names, enrol_folder, face_rows, facelab_people, name_photos, name_font, people_demo, picture_name, place_labels,
                             write_pictures)
 
@@ -132,3 +136,24 @@ def test_one_person_alone(root, tmp_path):
     (tmp_path/'people'/'Ann').mkdir(parents=True); photo('s31', 0).save(tmp_path/'people'/'Ann'/'1.png')
     rows, report = people_demo(tmp_path/'people', root/'photos'/'party.png')
     assert sorted(rows['name']) == ['Ann', UNKNOWN] and len(report) == 1
+
+
+def test_photos_beside_folders_are_not_lost(tmp_path):
+    photos = att_split()[1]
+    path = lambda s, i: photos.path[photos.person == s].iloc[i]
+    for to in ('people/Ann/0.png', 'people/Bob/0.png', 'new/loose.png', 'new/more/deep.png'):
+        (tmp_path/to).parent.mkdir(parents=True, exist_ok=True)
+        load_image(path('s31' if 'Ann' in to or 'new' in to else 's33', 3 if 'new' in to else 0)).save(tmp_path/to)
+    rows, _ = people_demo(tmp_path/'people', tmp_path/'new', progress=False)
+    assert sorted(Path(p).name for p in rows.path) == ['deep.png', 'loose.png'] and set(rows.name) == {'Ann'}
+
+
+def test_sorting_from_the_same_command(tmp_path):
+    photos = att_split()[1]
+    for s, name in (('s31', 'Ann'), ('s33', 'Bob')):
+        for i in range(4):
+            to = tmp_path/(f'people/{name}/{i}.png' if i < 2 else f'holiday/{name}{i}.png'); to.parent.mkdir(parents=True, exist_ok=True)
+            load_image(photos.path[photos.person == s].iloc[i]).save(to)
+    r = subprocess.run([Path(sys.executable).parent/'facelab-people', 'people', '--sort', 'holiday'], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0 and 'Ann' in r.stdout and 'Bob' in r.stdout, r.stdout + r.stderr
+    assert list(tmp_path.rglob('*.html'))
