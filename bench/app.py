@@ -95,7 +95,7 @@ def main(argv=None):
         server, started = start(gallery, a.port)
         url = f'http://127.0.0.1:{a.port}/'
         try:
-            warm = User(url, *next(iter(photos.items())), time.monotonic() + 5); warm.start(); warm.join()
+            warm = User(url, *next(iter(photos.items())), time.monotonic() + 10); warm.start(); warm.join()
             before = memory(server.pid)
             users = [User(url, person, files, time.monotonic() + a.seconds) for person, files in photos.items()]
             for u in users: u.start()

@@ -10,8 +10,8 @@ __all__ = ['DOORS', 'LARGEST_PHOTO', 'MOST_PHOTOS', 'SEALS', 'CSS', 'CAMERA_JS',
            'people_html', 'enrol_html', 'forget_html', 'systems_html', 'latency_html', 'folder_html', 'page_theme',
            'build_app', 'check_port', 'launch_options', 'start_app', 'facelab_app']
 
-# %% ../nbs/30_app.ipynb #831410e1
-import atexit, base64, hashlib, hmac, html, io, json, os, re, secrets, shutil, signal, socket, stat, sys, tempfile, threading, time, traceback, unicodedata
+# %% ../nbs/30_app.ipynb #31fee741
+import atexit, base64, ctypes, hashlib, hmac, html, io, json, os, re, secrets, shutil, signal, socket, stat, sys, tempfile, threading, time, traceback, unicodedata
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import wraps
@@ -355,7 +355,16 @@ def upload_bytes(
     if len(data) > most*_MB: raise ValueError(f'the file is larger than {most} MB; send a smaller photo')
     return data
 
-# %% ../nbs/30_app.ipynb #3361cbd0
+# %% ../nbs/30_app.ipynb #6a53987d
+def _libc(name, *args):
+    "A call of the C library, where it has it"
+    try: return getattr(ctypes.CDLL(None), name)(*args)
+    except (OSError, AttributeError, TypeError): return None
+
+def _give_back():
+    "Memory that photos have used goes back to the system"
+    _libc('malloc_trim', 0)
+
 @dataclass
 class House:
     "What all pages of the app share"
@@ -371,7 +380,8 @@ class House:
     def __post_init__(self):
         self.encoder = find_encoder(self.encoder)
         if self.file: self.gallery = open_gallery(self.file, None if Path(self.file).expanduser().exists() else self.encoder, self.detector)
-        self.room = self.room or Room(chores=(self.memory.tidy, self.guests.tidy))
+        _libc('mallopt', -8, 2)
+        self.room = self.room or Room(chores=(self.memory.tidy, self.guests.tidy, _give_back))
 
     def of(self,
         session, # of a visitor

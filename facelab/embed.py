@@ -97,7 +97,7 @@ def similarity(
     else: score = 1 - np.sqrt(np.maximum(na + nb - 2*a @ b.T, 0))
     return score.astype(np.float32)
 
-# %% ../nbs/06_embed.ipynb #e71da307
+# %% ../nbs/06_embed.ipynb #8810a3ed
 _makers, _made = {}, {}
 
 def register_encoder(
@@ -114,6 +114,7 @@ def encoders()->list:
 
 register_encoder('dlib', 'facelab.models.dlib_resnet:dlib_encoder')
 register_encoder('resnet34-faces', 'facelab.models.resnet34_faces:resnet34_faces')
+register_encoder('resnet34-faces+mirror', 'facelab.models.resnet34_faces:resnet34_faces_mirrored')
 register_encoder('dlib-bf16', 'facelab.speed:dlib_bf16')
 register_encoder('dlib+mirror', 'facelab.averaging:dlib_mirrored')
 register_encoder('dlib+jitter', 'facelab.averaging:dlib_jittered')

@@ -294,17 +294,21 @@ def data_digest(
     for o in views.pixels: d.update(np.ascontiguousarray(o))
     return d.hexdigest()[:12]
 
-# %% ../nbs/10d_pretrain.ipynb #336cea19
+# %% ../nbs/10d_pretrain.ipynb #13fa6be2
 class FaceTower(nn.Module):
-    "Body and mean over places, without anything that only training needs"
-    def __init__(self, body): super().__init__(); self.body = body
-    def forward(self, x): return self.body(x).mean((2, 3))
+    "Body and mean over places, and after them a linear map if there is one; without anything that only training needs"
+    def __init__(self, body, head=None): super().__init__(); self.body, self.head = body, head
+    def forward(self, x):
+        e = self.body(x).mean((2, 3))
+        return e if self.head is None else self.head(e)
 
 def face_tower(
     arch:str='resnet18', # name of a torchvision network
+    out:int=0,           # numbers of a linear map at the end; 0: none
 )->nn.Module:            # (n, 3, h, w) to (n, dim)
     "The network of a student, random"
-    return FaceTower(make_body(getattr(torchvision.models, arch), 'none')[0])
+    body = make_body(getattr(torchvision.models, arch), 'none')[0]
+    return FaceTower(body, nn.Linear(num_features_model(body), out) if out else None)
 
 def first_body(
     arch:str, # name of a torchvision network
@@ -313,7 +317,7 @@ def first_body(
     "The body that a training starts from, and an honest name for it"
     if str(init) in ('none', 'auto', 'imagenet'): return make_body(getattr(torchvision.models, arch), str(init))
     e, own = load_encoder(init), face_tower(arch).state_dict()
-    if {k: v.shape for k, v in e.module.state_dict().items()} != {k: v.shape for k, v in own.items()}: raise ValueError(f'{Path(init).name} holds no body of {arch}')
+    if {k: v.shape for k, v in e.module.state_dict().items() if not k.startswith('head.')} != {k: v.shape for k, v in own.items()}: raise ValueError(f'{Path(init).name} holds no body of {arch}')
     return e.module.body.cpu(), f'{e.name} {weights_digest(e)}'
 
 # %% ../nbs/10d_pretrain.ipynb #12548182
@@ -363,15 +367,18 @@ def pretrain(
     learn.log, learn.recipe = pd.DataFrame(log), recipe
     return learn
 
-# %% ../nbs/10d_pretrain.ipynb #7c9e3f8b
+# %% ../nbs/10d_pretrain.ipynb #2c0bc3e7
 def student_encoder(
     learn,              # from `pretrain`
     name:str,           # goes into the recipe
     size:int=112,       # side of the chips, pixels
+    project:bool=False, # end with the map to the teacher's numbers?
     **kw,               # licence, threshold of `Encoder`
 )->Encoder:
     "The trained network as an encoder for aligned chips, a copy that later training does not change"
-    return Encoder(FaceTower(deepcopy(learn.model.body)), name, size, learn.model.dim, align='chip', **kw)
+    m = deepcopy(learn.model)
+    if project and m.project is None: raise ValueError(f'{name} had no teacher, so there is no map to its numbers')
+    return Encoder(FaceTower(m.body, m.project if project else None), name, size, m.project.out_features if project else m.dim, align='chip', **kw)
 
 # %% ../nbs/10d_pretrain.ipynb #aaca4827
 def strangers_eer(

@@ -61,8 +61,8 @@ def fill(
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/05_train.ipynb #d195d5ed
-FACES_FILE, FACES_SHA256 = 'weights/resnet34-faces.safetensors', 'not made yet'
+# %% ../nbs/05_train.ipynb #c992ff52
+FACES_FILE, FACES_SHA256 = 'weights/resnet34-faces.safetensors', 'a432f16866863efc2ba1be767d08cd469bab2cd7c33be23aaca90cd5ac4c7d45'
 
 def faces_file(
     file=None,               # None: the file that travels with facelab
@@ -80,7 +80,7 @@ def faces_weights(
 )->dict:           # state dict of the body
     "Weights of a body that knows faces; there is one for `resnet34`"
     if arch.__name__ != 'resnet34': raise ValueError(f'the weights that know faces are of a resnet34, not of a {arch.__name__}')
-    return {k.removeprefix('body.'): v.float() for k, v in read_weights(faces_file(**kw)).items()}
+    return {k.removeprefix('body.'): v.float() for k, v in read_weights(faces_file(**kw)).items() if k.startswith('body.')}
 
 def has_faces(
     arch=resnet34, # a torchvision function

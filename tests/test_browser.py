@@ -16,7 +16,7 @@ pytest.importorskip('gradio', reason='the app needs gradio')
 sync_api = pytest.importorskip('playwright.sync_api', reason='browser tests need playwright')
 CHROMIUM = next((o for o in ('/usr/bin/chromium', shutil.which('chromium'), shutil.which('chromium-browser'), shutil.which('google-chrome')) if o and Path(o).exists()), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='browser tests need chromium (apt-get install chromium)')
-WAIT = 60_000
+WAIT = 120_000
 
 from facelab.datasets import att_split  # noqa: E402
 
@@ -203,7 +203,7 @@ def test_collect(visit, server, tmp_path):
     page.locator('#who input, #who textarea').fill('Ann'); page.locator('#where input, #where textarea').fill(str(tmp_path))
     page.locator('#may input').check(); page.locator('#begin').click(); page.locator('#collected', has_text='Look into the camera').wait_for()
     page.locator('#camera').get_by_text('Click to Access Webcam').click()
-    page.locator('#camera button:visible').last.click()
+    page.locator('#camera').get_by_text('Record').click()
     page.locator('#live img').wait_for()
     page.locator('#anchor').click(); page.locator('#collected', has_text='anchor 1 saved').wait_for()
     page.locator('#positive').click(); page.locator('#collected', has_text='positive 1 saved').wait_for()
