@@ -43,10 +43,10 @@ def get_gradio():
     except ImportError: raise ImportError('the app needs gradio 6: pip install "facelab[app]"') from None
     return gradio
 
-# %% ../nbs/30_app.ipynb #c7884625
+# %% ../nbs/30_app.ipynb #1d29150e
 def sweep(
     folder,       # whose files are to go
-    age:float=30, # seconds that a file may live
+    age:float=45, # seconds that a file may live
     now:float=None, # the time, seconds since 1970; None: now
 )->int:           # files that are gone
     "Deletes old files, and folders that have been empty for some time"
@@ -54,12 +54,12 @@ def sweep(
     for p in sorted(Path(folder).rglob('*'), key=lambda p: -len(p.parts)):
         try:
             old = now - p.lstat().st_ctime
-            if p.is_dir() and not p.is_symlink(): old > age/3 and p.rmdir()
+            if p.is_dir() and not p.is_symlink(): old > 5 and p.rmdir()
             elif old > age: p.unlink(); gone += 1
         except OSError: pass
     return gone
 
-# %% ../nbs/30_app.ipynb #dd69fdff
+# %% ../nbs/30_app.ipynb #8f14d4f0
 def _runs(pid):
     if os.name != 'posix': return True
     try: os.kill(pid, 0)
@@ -78,7 +78,7 @@ def clear_abandoned(
 class Room:
     "A folder for uploads that only this user can read, swept every few seconds and gone with the app"
     def __init__(self,
-        age:float=30,  # seconds that an upload may live
+        age:float=45,  # seconds that an upload may live
         every:float=5, # seconds between two sweeps
         chores=(),     # functions to call at each sweep
     ):
@@ -757,7 +757,7 @@ def _must_not_tab(gr, house):
     "What this is not for"
     with gr.Tab('What it must not be used for', id='mustnot'): gr.Markdown(MUST_NOT, elem_id='must-not')
 
-# %% ../nbs/30_app.ipynb #691c95d3
+# %% ../nbs/30_app.ipynb #adb3e794
 def _add_api(gr, house):
     "Two functions for programs: /recognise and /verify"
     def fit(image): 
@@ -790,7 +790,7 @@ def _head_html(house):
 def build_app(house:House):
     "The whole page"
     gr = get_gradio(); os.environ['GRADIO_TEMP_DIR'] = str(house.room.path)
-    with gr.Blocks(title='facelab', analytics_enabled=False, delete_cache=(10, 30)) as app:
+    with gr.Blocks(title='facelab', analytics_enabled=False, delete_cache=(5, 45)) as app:
         gr.HTML(_head_html(house))
         with gr.Tabs(elem_id='tabs'): late = [tab(gr, house) for tab in (_recognise_tab, _verify_tab, _enrol_tab, *((_collect_tab,) if house.local else ()), _compare_tab, *((_folder_tab,) if house.local else ()), _must_not_tab)]
         for o in late: o and o(app)
