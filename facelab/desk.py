@@ -487,7 +487,7 @@ def threshold_meaning(
     r = *(float(np.interp(t, m['threshold'], m[k])) for k in _RATES), *_strangers(m, t, n)
     return Meaning(*r, m['measured_on'], _say_meaning(r, m, n))
 
-# %% ../nbs/29_desk.ipynb #d30f9ffe
+# %% ../nbs/29_desk.ipynb #025e5c35
 @dataclass
 class Compared:
     "Do two photos show one person?"
@@ -504,8 +504,9 @@ class Compared:
 def _say_compared(score, t, prior, cal, p, lo, hi):
     verdict = f'{"A match" if score >= t else "No match"}: the score is {score:.2f}, and a match needs {t:.2f}. '
     if cal is None: return verdict + 'How probable it is that this is one person is not known: nobody has measured this encoder with this detector.'
-    return verdict + (f'If {_pc(prior)} of the pairs that are shown here are of one person, this is one person with a probability of {_pc(p)} (95 %: {_pc(lo)} to {_pc(hi)}; '
-                      f'from {cal.counts["mated"]:,} pairs of one person and {cal.counts["non_mated"]:,} of two people of LFW).')
+    chance = 'more than 99.9 %' if lo > .999 else 'less than 0.1 %' if hi < .001 else f'{_pc(p)}, 95 %: {_pc(lo)} to {_pc(hi)}'
+    return verdict + (f'If {_pc(prior)} of the pairs that are shown here are of one person, this is one person with a probability of {chance} '
+                      f'(from {cal.counts["mated"]:,} pairs of one person and {cal.counts["non_mated"]:,} of two people of LFW).')
 
 # %% ../nbs/29_desk.ipynb #ddfac023
 def _probability(g, score, prior):
