@@ -8,7 +8,7 @@ __all__ = ['DETECTOR', 'COLUMNS', 'GENTLE', 'ARCHS', 'demo_photos', 'NotEnough',
            'tune_dlib', 'draw_scores', 'draw_curves', 'draw_matches', 'write_report', 'with_intervals', 'explain',
            'run_systems', 'save_plots', 'save_models', 'demo', 'facelab_demo']
 
-# %% ../nbs/09_demo.ipynb #3633255e
+# %% ../nbs/09_demo.ipynb #4d1d3136
 import base64, html, os, sys, time, zlib
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 from fastcore.script import call_parse
 from matplotlib.figure import Figure
 
+from .batches import speed_up
 from .crop import crop_folder, crops_of
 from .datasets import att_faces, check_leak, lfw, people_folder, split_people
 from .embed import Embeddings, Encoder, embed, encoder_from, get_encoder, recipe, similarity
@@ -137,7 +138,7 @@ def judge(
                               t, _or_nan(fnmr_at_fmr, unseen.score, unseen.mated, .01), first_places(emb).sum()/n_probes,
                               fpir(strangers_best(emb, strangers), t) if out.any() and t is not None else np.nan, seconds)))
 
-# %% ../nbs/09_demo.ipynb #91caeb8f
+# %% ../nbs/09_demo.ipynb #618faf24
 def affordable(
     df:pd.DataFrame, # path, person
     n:int,           # pairs wanted
@@ -166,13 +167,13 @@ def train_pair_image(known, strangers, out, size=96, n=600, arch=resnet34, init=
     folder, other = (out/'pairs'/f'one image, {size} px, {zlib.crc32(t.to_csv().encode()):08x}' for t in (pairs, exam))
     write_pairs(pairs, folder, size=size, progress=False)
     report = write_pairs(exam, other, size=size, progress=False)
-    learn = pair_image_learner(pair_image_dls(folder, size=size), arch, init)
+    learn = speed_up(pair_image_learner(pair_image_dls(folder, size=size), arch, init))
     found, table = find_lr(learn, num_it=30), fit_stages(learn, *epochs, progress=progress)
     here, there = table.accuracy.iloc[-1], _accuracy(learn, report)
     note = f'Pair as one picture: accuracy {here:.1%} on its own random split of {len(learn.dls.valid_ds)} pairs, {there:.1%} on {len(exam)} pairs of unseen people.'
     return Trained(encoder_from(learn, f'{arch.__name__}-pair-image', size=size), learn, table, found, note)
 
-# %% ../nbs/09_demo.ipynb #1b6e85ec
+# %% ../nbs/09_demo.ipynb #bd971078
 GENTLE = dict(lr=1e-4, lrs=slice(1e-6, 1e-5))
 
 def train_towers(known, strangers, out, size=96, n=600, arch=resnet34, init='auto', seed=42, epochs=(5, 5), progress=False)->Trained:
@@ -181,7 +182,7 @@ def train_towers(known, strangers, out, size=96, n=600, arch=resnet34, init='aut
     train, valid = (make_pairs(t, affordable(t, k), positives='photos', seed=seed) for t, k in ((known, n), (strangers, min(n, 200))))
     check_leak(faces_of(train), faces_of(valid))
     train.to_csv(out/'pairs'/'two towers, train.csv', index=False); valid.to_csv(out/'pairs'/'two towers, strangers.csv', index=False)
-    learn = siamese_learner(pair_dls(train, valid, size=size), arch, init)
+    learn = speed_up(siamese_learner(pair_dls(train, valid, size=size), arch, init))
     learn.unfreeze(); found = find_lr(learn, num_it=30)
     knows = learn.init == 'faces'
     table = fit_stages(learn, *epochs, progress=progress, **GENTLE if knows else {})
