@@ -141,7 +141,7 @@ def test_starts_in_their_order(monkeypatch, capsys, file):
 
 def test_the_file_that_travels():
     e = get_encoder('resnet34-faces')
-    assert (e.name, e.size, e.dim, e.metric, e.align) == ('resnet34-faces', 112, 512, 'cosine', 'chip') and 'LFW' in e.licence
+    assert (e.name, e.size, e.dim, e.metric, e.align) == ('resnet34-faces', 112, 128, 'cosine', 'chip') and 'LFW' in e.licence
     assert faces_file().stat().st_size < 45e6 and (faces_file().parent/'README.md').read_text().count(train.FACES_SHA256) == 1
 
 
