@@ -13,7 +13,6 @@ person, or gives an error, counts. Memory is the server's, before the first phot
 """
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -102,7 +101,7 @@ def main(argv=None):
             for u in users: u.join()
             peak = memory(server.pid); time.sleep(min(30, a.seconds/2)); after = memory(server.pid)
         finally:
-            server.send_signal(signal.SIGINT); said = server.communicate(timeout=60)
+            server.terminate(); said = server.communicate(timeout=60)
     seconds = np.array([s for u in users for s in u.seconds])
     out = dict(users=a.users, answers=len(seconds), errors=sum(len(u.errors) for u in users), crossed=sum(u.crossed for u in users), start=started, alone=float(np.median(warm.seconds[1:] or warm.seconds)),
                median=float(np.median(seconds)), p95=float(np.quantile(seconds, .95)), before=before, peak=peak, after=after, log=said[1])

@@ -23,7 +23,7 @@ from fastcore.script import anno_parser
 
 import facelab
 
-# %% ../nbs/32_cli.ipynb #ee628fa7
+# %% ../nbs/32_cli.ipynb #422fb6fa
 def _json_to(v):
     "`-` for stdout, or the name of a file that ends in .json"
     if v != '-' and not v.endswith('.json'): raise ArgumentTypeError(f'--json alone prints, --json FILE.json writes, and {v!r} is neither: put --json last')
@@ -54,12 +54,33 @@ VOCABULARY = dict(
     pictures=_word(bool, 'write the table only, and no pictures'),
     system=_word(str, 'what is trained: two towers, or a classifier of pairs pasted into one picture', choices=['towers', 'pair-image']),
     arch=_word(str, 'network of torchvision: resnet18, resnet34, resnet50', metavar='NAME'),
-    init=_word(str, 'what it starts from: auto, imagenet, none, or a file of weights', metavar='NAME'),
+    init=_word(str, 'what it starts from: auto (the best there is), faces, imagenet, none, or a file of weights', metavar='NAME'),
     epochs=_word(int, 'passes with the body frozen, and as many with everything free', metavar='N'),
     held=_word(float, 'share of the people whom training never sees, and who judge it', metavar='X'),
     seed=_word(int, 'of every random choice: same seed, same result', metavar='N'),
     workers=_word(int, 'processes; otherwise one per core, fewer for a few photos', metavar='N'),
     progress=_word(bool, 'no progress bar, even on a terminal'),
+    query=_word(str, 'photo, or folder of photos, whose faces are to be named', metavar='PATH'),
+    sort=_word(str, 'instead of --query: folder of photos to be sorted by people, known or not, see facelab-sort', metavar='DIR'),
+    people=_word(str, 'who is known: a folder with one folder of photos per person, or a gallery file', metavar='PATH'),
+    copy_to=_word(str, 'folder for copies of the photos, one folder for each person', metavar='DIR'),
+    link=_word(bool, 'links instead of copies'),
+    video=_word(str, 'video file: .mp4, .avi, .webm, ...'),
+    table=_word(str, 'CSV file with a row for every track of a face: name, score, from, to, ...', metavar='FILE'),
+    every=_word(int, 'look for faces in every so many frames', metavar='N'),
+    least=_word(int, 'leave out faces that were found in fewer looks', metavar='N'),
+    keep=_word(int, 'at most so many good looks of a face are measured and averaged', metavar='N'),
+    folder=_word(str, 'photos go to FOLDER/people/NAME/anchor and .../positive'),
+    camera=_word(int, 'number of the camera', metavar='N'),
+    source=_word(str, 'a video file instead of the camera', metavar='FILE'),
+    pause=_word(float, 'automatic: seconds from one positive to the next', metavar='SECONDS'),
+    headless=_word(bool, 'no window; needs --keys'),
+    keys=_word(str, 'keys pressed by plan, FRAME:KEY, such as "0:a 10:p 12:c 90:q"', metavar='PLAN'),
+    protocol=_word(str, 'what is asked: att-one-photo, lfw-view1, lfw-view2, lfw-open-set, blufr, a CSV of pairs, or a folder of people', metavar='NAME'),
+    figures=_word(str, 'folder for the curves and the worst mistakes', metavar='DIR'),
+    csv=_word(str, 'table of results, read and written', metavar='FILE'),
+    trained_on=_word(str, 'for that table: what the network has learned from, in words', metavar='TEXT'),
+    again=_word(bool, 'measure the rows that are there once more'),
     json=_word(_json_to, 'the answer for programs: on stdout and nothing else there, or in FILE.json', nargs='?', const='-', metavar='FILE.json'))
 
 # %% ../nbs/32_cli.ipynb #f2dfe009
@@ -119,14 +140,15 @@ def on_stderr(
             notes += dict.fromkeys(shown(w.message, 400) for w in seen if _ours(w))
             for o in notes: print(f'{name}: {o}')
 
-# %% ../nbs/32_cli.ipynb #a41a3166
+# %% ../nbs/32_cli.ipynb #502d8489
 def write_whole(
     path,     # where to
     text:str, # what
+    mode=0o666, # who may read and write it, less what the system forbids; 0o600: its owner alone
 ):
     "A text file: all of it, or what was there before"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); temp = path.with_name(f'.{os.getpid()}-{path.name}')
-    try: temp.write_text(text, encoding='utf-8'); os.replace(temp, path)
+    try: temp.touch(mode); temp.write_text(text, encoding='utf-8'); os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
 def say(
@@ -136,7 +158,7 @@ def say(
 ):
     "Print the answer: for people, or for programs and then nothing else"
     text = jsonlib.dumps(dict(command=name, code=said.code, **plain(said.found)), indent=1)
-    if json and json not in (True, '-'): write_whole(json, text + '\n')
+    if json and json not in (True, '-'): write_whole(json, text + '\n', 0o600) # names of people
     text = text if json in (True, '-') else said.text
     coding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     try: print(text.encode(coding, 'backslashreplace').decode(coding), flush=True)
@@ -577,7 +599,7 @@ def new_faces(
     check_leak(known, new)
     return known, new
 
-# %% ../nbs/32_cli.ipynb #0186d6be
+# %% ../nbs/32_cli.ipynb #0503e617
 def check_system(
     system:str, # 'towers' or 'pair-image'
     arch:str,   # network of torchvision
@@ -586,7 +608,7 @@ def check_system(
     "A ValueError before the first photo is opened"
     if system not in ('towers', 'pair-image'): raise ValueError(f'system is towers or pair-image, not {system!r}')
     if arch not in ('resnet18', 'resnet34', 'resnet50'): raise ValueError(f'arch is resnet18, resnet34 or resnet50, not {arch!r}')
-    if init not in ('auto', 'imagenet', 'none') and not Path(init).is_file(): raise ValueError(f'init is auto, imagenet, none or a file of weights, and there is no file at {init}')
+    if init not in ('auto', 'faces', 'imagenet', 'none') and not Path(init).is_file(): raise ValueError(f'init is auto, faces, imagenet, none or a file of weights, and there is no file at {init}')
 
 def pair_learner(
     known,       # path, person: cut faces to learn from

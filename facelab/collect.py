@@ -8,7 +8,7 @@ __all__ = ['VIDEO_REASONS', 'KEYS', 'portrait_window', 'portrait', 'Sight', 'loo
            'Frame', 'open_video', 'video_frames', 'NoScreen', 'check_screen', 'Window', 'scripted', 'press',
            'run_session', 'collect', 'facelab_collect']
 
-# %% ../nbs/31_collect.ipynb #cd650bb4
+# %% ../nbs/31_collect.ipynb #8fb3f049
 import errno, io, json, os, sys, time
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.script import call_parse
 from PIL import Image, ImageDraw, ImageFont
 
+from .cli import Said, command, shown
 from .crop import safe_name
 from .datasets import people_folder
 from .detect import Box, detect
@@ -120,7 +120,7 @@ def _whose(place):
     except FileNotFoundError: return None
     except (OSError, ValueError): raise ValueError(f'{place.name}/person.json cannot be read; it should say whose photos these are') from None
 
-# %% ../nbs/31_collect.ipynb #6eb67b1b
+# %% ../nbs/31_collect.ipynb #a2ac1749
 class Taken(NamedTuple):
     "A photo that was taken, or not: true if it was"
     path: Path|None # of the new file
@@ -133,14 +133,14 @@ class Collection:
         folder,               # where `people` is, or will be
         person:str,           # name, any script
         consent:bool=False,   # has the person agreed to be photographed and recognised? Only True begins
-        every:float=1.,       # automatic: seconds from one positive to the next
+        pause:float=1.,       # automatic: seconds from one positive to the next
         size:int=250,         # side of the photos, pixels
         detector:str='haar',  # a name from `detectors()`
         least:int=60,         # height of the smallest face to keep, pixels of the frame
     ):
-        self.person, self.every, self.size, self.detector, self.least = clean_name(person), every, size, detector, least
+        self.person, self.pause, self.size, self.detector, self.least = clean_name(person), pause, size, detector, least
         if consent is not True: raise PermissionError(f'{self.person[:40]!r} is not photographed: ask first, then say consent=True')
-        if not (every > 0 and size >= 64): raise ValueError(f'every is more than 0 seconds and size at least 64 pixels, not {every} and {size}')
+        if not (pause > 0 and size >= 64): raise ValueError(f'pause is more than 0 seconds and size at least 64 pixels, not {pause} and {size}')
         self.place = _room_for(Path(folder)/'people'/folder_of(self.person), self.person)
         self.automatic, self.finished, self.next_at = False, False, 0.
 
@@ -204,7 +204,7 @@ def draw_live(
     for i, (text, path) in enumerate(name_font(o, 90) for o in lines): draw.text((height//2, h + (2*i + 1)*height), text, fill='black', font=ImageFont.truetype(path, height), anchor='lm')
     return out
 
-# %% ../nbs/31_collect.ipynb #4ce28eff
+# %% ../nbs/31_collect.ipynb #49d79d29
 @patch
 def see(self:Collection,
     frame,              # anything `load_image` takes
@@ -216,14 +216,14 @@ def see(self:Collection,
     if self.automatic and not self.finished and sight.window and at >= self.next_at:
         try: said = self._keep(frame, sight, 'positive').said
         except NotSaved: self.automatic = False; raise
-        self.next_at = at + self.every
+        self.next_at = at + self.pause
     return draw_live(frame, sight, f'{self.person[:30]}   {_said(self.counts)}{"   automatic" * self.automatic}', said), said
 
 @patch
 def switch(self:Collection)->str:
     "Automatic on or off; says which"
     self.automatic, self.next_at = not self.automatic and not self.finished, 0.
-    return f'automatic on: a positive every {self.every:g} s while a face is there' if self.automatic else 'automatic off'
+    return f'automatic on: a positive every {self.pause:g} s while a face is there' if self.automatic else 'automatic off'
 
 @patch
 def finish(self:Collection)->str:
@@ -393,14 +393,14 @@ def run_session(
         if collection.finished: return
     yield n, collection.finish()
 
-# %% ../nbs/31_collect.ipynb #21e1fa8e
+# %% ../nbs/31_collect.ipynb #27ada818
 def collect(
     folder,          # where `people` is, or will be
     person:str,      # who sits in front of the camera
     consent:bool,    # have they agreed?
     source=0,        # a video file, or the number of a camera
     keys:str|None=None, # see `scripted`; None: open a window and ask
-    **kw,            # every, size, detector, least: see `Collection`
+    **kw,            # pause, size, detector, least: see `Collection`
 ):                   # (Collection, [(frame, `Taken` or text)])
     "A session from beginning to end, told line by line"
     hands = scripted(keys) if keys else Window()
@@ -415,26 +415,16 @@ def _told(c, log):
     rows = [dict(frame=n, said=getattr(o, 'said', o), taken=bool(o) if isinstance(o, Taken) else None) for n, o in log]
     return dict(person=c.person, folder=str(c.place), counts=c.counts, session=rows)
 
-@call_parse
-def facelab_collect(
-    folder:str,             # photos go to FOLDER/people/NAME/anchor and .../positive
-    person:str=None,        # who sits in front of the camera (needed)
-    consent:bool=False,     # the person has agreed to be photographed and recognised (needed)
-    camera:int=0,           # number of the camera
-    source:str=None,        # a video file instead of the camera
-    every:float=1.,         # automatic: seconds from one positive to the next
-    size:int=250,           # side of the photos, pixels
-    detector:str='haar',    # haar, hog, yunet, ...
-    headless:bool=False,    # no window; needs --keys
-    keys:str=None,          # keys pressed by plan, FRAME:KEY, such as "0:a 10:p 12:c 90:q"
-    json:str=None,          # file for what was done
-):
-    "Photos of one person from a camera: a anchor, p positive, c automatic on or off, q quit. Example: facelab-collect class --person Ann --consent"
-    try:
-        if not person: raise ValueError('--person is missing: who sits in front of the camera?')
-        if headless and not keys: raise ValueError('--headless needs --keys: which key on which frame, such as "0:a 10:c"')
-        c, log = collect(folder, person, consent, camera if source is None else source, keys, every=every, size=size, detector=detector)
-        if json: _write(_dumps(_told(c, log)), json)
-    except (ValueError, OSError, RuntimeError, ImportError) as e:
-        print(f'facelab-collect: {e}', file=sys.stderr); raise SystemExit(2)
-    if any(isinstance(o, Taken) and not o for _, o in log): raise SystemExit(1)
+@command
+def facelab_collect(folder, name=None, consent=False, camera=0, source=None, pause=1., size=250, detector='haar', headless=False, keys=None):
+    """Photos of one person from a camera: a anchor, p positive, c automatic on or off, q quit.
+
+    Nothing begins without --name and --consent.
+
+    examples:
+      facelab-collect class --name Ann --consent
+      facelab-collect class --name Ann --consent --source session.mp4 --headless --keys "0:a 10:c" """
+    if not name: raise ValueError('--name is missing: who sits in front of the camera?')
+    if headless and not keys: raise ValueError('--headless needs --keys: which key on which frame, such as "0:a 10:c"')
+    c, log = collect(folder, name, consent, camera if source is None else source, keys, pause=pause, size=size, detector=detector)
+    return Said(f'{shown(c.place)}: {c.finish()}', _told(c, log), int(any(isinstance(o, Taken) and not o for _, o in log)))

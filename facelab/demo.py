@@ -8,8 +8,8 @@ __all__ = ['DETECTOR', 'COLUMNS', 'GENTLE', 'ARCHS', 'demo_photos', 'NotEnough',
            'tune_dlib', 'draw_scores', 'draw_curves', 'draw_matches', 'write_report', 'with_intervals', 'explain',
            'run_systems', 'save_plots', 'save_models', 'demo', 'facelab_demo']
 
-# %% ../nbs/09_demo.ipynb #4d1d3136
-import base64, html, os, sys, time, zlib
+# %% ../nbs/09_demo.ipynb #812bb098
+import base64, html, os, time, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.script import call_parse
 from matplotlib.figure import Figure
 
 from .batches import speed_up
+from .cli import Said, command
 from .crop import crop_folder, crops_of
 from .datasets import att_faces, check_leak, lfw, people_folder, split_people
 from .embed import Embeddings, Encoder, embed, encoder_from, get_encoder, recipe, similarity
@@ -404,19 +404,17 @@ def demo(data='att', out='facelab-demo', arch='resnet34', init='auto', seed=42, 
     write_report(out/'report.html', f'facelab demo: {data}', table, [*notes, f'Seed {seed}, {torch.get_num_threads()} threads, {time.perf_counter() - start:.0f} seconds in all.'], figs)
     return table, notes
 
-# %% ../nbs/09_demo.ipynb #cbe79959
-@call_parse
-def facelab_demo(
-    data:str='att',           # 'att', 'lfw' (from FACELAB_DATA), or a folder with NAME/*.jpg
-    out:str='facelab-demo',   # folder for everything that is written
-    arch:str='resnet34',      # resnet18, resnet34 or resnet50
-    init:str='auto',          # auto: the best start there is; faces, imagenet, none, or a weights file
-    seed:int=42,              # of every random choice
-    size:int=96,              # side of the ResNet's faces, pixels
-    pairs:int=600,            # pairs for each training
-):
-    "From a folder of photos to recognised people: crop, pair, train, embed, choose thresholds, enrol, recognise, report"
-    try: table, notes = demo(data, out, arch, init, seed, size, pairs, progress=sys.stdout.isatty())
-    except (ValueError, OSError, ImportError) as e: print(f'facelab-demo: {e}', file=sys.stderr); raise SystemExit(2)
-    print('\n' + table.to_string(index=False, float_format=lambda v: f'{v:.3f}', na_rep='-'), *notes, sep='\n')
-    print(f'\nreport: {Path(out).resolve()/"report.html"}')
+# %% ../nbs/09_demo.ipynb #23c4cadb
+@command
+def facelab_demo(data='att', out='facelab-demo', arch='resnet34', init='auto', seed=42, size=96, pairs=600, epochs=5, progress=True):
+    """From a folder of photos to recognised people: crop, pair, train, embed, choose thresholds, enrol, recognise, report.
+
+    --data is a folder with one folder per person, att (the forty people that come along) or lfw (where FACELAB_DATA says).
+
+    examples:
+      facelab-demo
+      facelab-demo --data people --out report --arch resnet18
+      facelab-demo --init none                                   # from random numbers: the sad story"""
+    table, notes = demo(data, out, arch, init, seed, size, pairs, (epochs, epochs), progress)
+    text = [table.to_string(index=False, float_format=lambda v: f'{v:.3f}', na_rep='-'), *notes, '', f'report: {Path(out).resolve()/"report.html"}']
+    return Said('\n'.join(text), dict(results=table, notes=notes, report=Path(out).resolve()/'report.html'))

@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'BARRED', 'BOARD', 'run_board', 'board', 'plot_board', 'plot_speed', 'compare', 'facelab_leaderboard']
 
-# %% ../nbs/25_leaderboard.ipynb #5f0d4210
-import sys
-
+# %% ../nbs/25_leaderboard.ipynb #19c2498e
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 from matplotlib.ticker import NullFormatter
 
+from .cli import Said, command
 from .protocols import add_result, evaluate, read_results, result_row
 
 # %% ../nbs/25_leaderboard.ipynb #6303392d
@@ -102,15 +100,14 @@ def compare(
     lo, hi = np.quantile(boot, [.025, .975])
     return dict(difference=gap.mean(), lo=float(lo), hi=float(hi), only_a=int((gap > 0).sum()), only_b=int((gap < 0).sum()), n=len(gap))
 
-# %% ../nbs/25_leaderboard.ipynb #393eb34a
-@call_parse
-def facelab_leaderboard(
-    csv:str='data/results.csv', # table of results, read and written
-    again:bool=False,           # measure the rows that are there once more
-):
-    "Evaluate every encoder under every protocol that can be had here. Example: facelab-leaderboard --csv data/results.csv"
-    try:
-        absent = run_board(csv, again=again, progress=None if sys.stdout.isatty() else False)
-        print(board(read_results(csv)).to_string())
-    except (ValueError, OSError) as e: print(f'facelab-leaderboard: {e}', file=sys.stderr); raise SystemExit(2)
-    for (system, protocol), why in absent.items(): print(f'not run: {system} on {protocol}: {why}')
+# %% ../nbs/25_leaderboard.ipynb #955151d7
+@command
+def facelab_leaderboard(csv='data/results.csv', again=False, progress=True):
+    """Evaluate every encoder under every protocol that can be had here, and print the table.
+
+    examples:
+      facelab-leaderboard
+      facelab-leaderboard --csv mine.csv --again"""
+    absent = [dict(system=s, protocol=p, why=w) for (s, p), w in run_board(csv, again=again, progress=progress).items()]
+    results = read_results(csv)
+    return Said('\n'.join([board(results).to_string(), *(f'not run: {o["system"]} on {o["protocol"]}: {o["why"]}' for o in absent)]), dict(results=results, not_run=absent))

@@ -6,18 +6,18 @@
 __all__ = ['FRAME_COLOURS', 'enrol_folder', 'name_photos', 'face_rows', 'name_font', 'place_labels', 'draw_names', 'picture_name',
            'write_pictures', 'people_demo', 'facelab_people']
 
-# %% ../nbs/28_people.ipynb #c68ae7e7
-import os, sys, unicodedata
+# %% ../nbs/28_people.ipynb #c00dd4b4
+import os, unicodedata
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from .cli import Said, command, shown
 from .crop import safe_name, save_image
 from .datasets import people_folder, photos_in
 from .detect import Box
@@ -25,7 +25,7 @@ from .embed import Embeddings
 from .folder import embed_folder
 from .gallery import UNKNOWN, Gallery, clean_name
 from .images import BadImage, load_image
-from .protocols import _dumps, _write, find_encoder
+from .protocols import find_encoder
 
 # %% ../nbs/28_people.ipynb #f6f5b2a0
 def enrol_folder(
@@ -206,7 +206,7 @@ def write_pictures(
         else: rows.loc[t.index, 'picture'] = name
     return rows
 
-# %% ../nbs/28_people.ipynb #50ba9456
+# %% ../nbs/28_people.ipynb #7443a850
 def people_demo(
     dir,                # folder with one folder of photos for each person
     query,              # photo or folder of photos
@@ -226,38 +226,28 @@ def people_demo(
     return (write_pictures(rows, root, out) if out else rows), report
 
 def _said(rows, root):
-    t = rows.assign(photo=[Path(p).relative_to(root).as_posix() for p in rows.path], name=rows['name'].where(rows.face > 0, rows.status + ' ' + rows.reason))
+    t = rows.assign(photo=[shown(Path(p).relative_to(root).as_posix()) for p in rows.path], name=rows['name'].where(rows.face > 0, rows.status + ' ' + rows.reason).map(shown), nearest=rows.nearest.map(shown, na_action='ignore'))
     return t[['photo', 'face', 'name', 'score', 'nearest']].to_string(index=False, float_format=lambda v: f'{v:.2f}', na_rep='', justify='left')
 
-# %% ../nbs/28_people.ipynb #315053a7
-def _json(rows, report, encoder, detector):
-    "What was found as plain texts and numbers"
-    plain = lambda t: [{k: None if v is None or (isinstance(v, float) and np.isnan(v)) else list(map(int, v)) if isinstance(v, tuple) else v for k, v in r.items()} for r in t.to_dict('records')]
-    return dict(encoder=str(encoder), detector=detector, box='top, right, bottom, left', faces=plain(rows), people=plain(report))
+# %% ../nbs/28_people.ipynb #08c350d5
+def _enrolled(report, threshold):
+    bad = report[report.status != 'ok']
+    yield f'{len(report) - len(bad)} photos of {report[report.status == "ok"].person.nunique()} people enrolled, threshold {threshold:.2f}'
+    for r in bad.itertuples(): yield f'  left out: {shown(r.person)}/{shown(Path(r.path).name)}: {r.status} {shown(r.reason)}'
 
-@call_parse
-def facelab_people(
-    dir:str,                 # folder with one folder of photos for each person: DIR/NAME/*.jpg
-    query:str=None,          # photo, or folder of photos, whose faces are to be named (needed)
-    detector:str='adaptive', # hog, cnn, adaptive, ...
-    encoder:str='dlib',      # name of an encoder, or a file: .onnx or .safetensors
-    threshold:float=None,    # lowest score of a match; otherwise the encoder's own
-    upsample:int=1,          # how often to double each photo before looking for faces
-    out:str=None,            # folder for the photos with boxes and names
-    json:str=None,           # file for the list of faces
-    sort:str=None,           # instead of --query: folder of photos to be sorted by people, known or not, see facelab-sort
-):
-    "Name every face in photos from a folder of people; strangers stay unknown. Examples: facelab-people people --query party.jpg --out named --json faces.json; facelab-people people --sort holiday"
+@command
+def facelab_people(data, query=None, detector='adaptive', encoder='dlib', threshold=None, upsample=1, out=None, sort=None, progress=True):
+    """Name every face in photos from a folder of people; strangers stay unknown.
+
+    examples:
+      facelab-people people --query party.jpg
+      facelab-people people --query holiday --out named --json faces.json
+      facelab-people people --sort holiday                       # also those whom nobody has named yet"""
     if sort:
         from facelab.sorting import facelab_sort
-        return facelab_sort(sort, people=dir, out=out, threshold=threshold, encoder=encoder, detector=detector, upsample=upsample, json=json)
-    try:
-        if not query: raise ValueError('--query is missing: the photo, or the folder of photos, whose faces are to be named')
-        rows, report = people_demo(dir, query, encoder, detector, threshold, upsample, out, None if sys.stdout.isatty() else False)
-        if json: _write(_dumps(_json(rows, report, encoder, detector)), json)
-    except (ValueError, OSError, ImportError) as e: print(f'facelab-people: {e}', file=sys.stderr); raise SystemExit(2)
-    bad = report[report.status != 'ok']
-    print(f'{len(report) - len(bad)} photos of {report[report.status == "ok"].person.nunique()} people enrolled, threshold {rows.threshold.iloc[0]:.2f}')
-    for r in bad.itertuples(): print(f'  left out: {r.person}/{Path(r.path).name}: {r.status} {r.reason}')
-    print(_said(rows, Path(query) if Path(query).is_dir() else Path(query).parent))
-    if rows.status.isin(['bad image', 'failed']).any() or rows.reason.str.startswith('named, but').any(): raise SystemExit(1)
+        return facelab_sort.__wrapped__(sort, data, out, threshold, encoder=encoder, detector=detector, upsample=upsample, progress=progress)
+    if not query: raise ValueError('--query is missing: the photo, or the folder of photos, whose faces are to be named')
+    rows, report = people_demo(data, query, encoder, detector, threshold, upsample, out, progress)
+    text = '\n'.join([*_enrolled(report, rows.threshold.iloc[0]), _said(rows, Path(query) if Path(query).is_dir() else Path(query).parent)])
+    lost = rows.status.isin(['bad image', 'failed']).any() or rows.reason.str.startswith('named, but').any()
+    return Said(text, dict(encoder=str(encoder), detector=detector, box='top, right, bottom, left', faces=rows, people=report), int(lost))

@@ -10,17 +10,17 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'find_encoder', 'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points',
            'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #9399faf0
-import json, os, sys, time, warnings
+# %% ../nbs/20_protocols.ipynb #951198c5
+import json, os, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 from scipy.stats import norm
 
+from .cli import Said, command
 from .datasets import att_faces, data_root, lfw, lfw_pairs, people_folder
 from .embed import METRICS, check_metric, encoders, get_encoder, load_encoder, similarity
 from .folder import embed_cached
@@ -583,7 +583,7 @@ def _write(text, path):
     try: temp.write_text(text, encoding='utf-8'); os.replace(temp, path)
     finally: temp.unlink(missing_ok=True)
 
-# %% ../nbs/20_protocols.ipynb #a65f5d5d
+# %% ../nbs/20_protocols.ipynb #869f907e
 def describe(
     result:Result, # from `evaluate`
 )->str:
@@ -594,27 +594,22 @@ def describe(
              f'{result.seconds:.0f} seconds (photos measured before are not measured again), {result.ms_per_face:.1f} ms a face for the encoder']
     return '\n'.join(lines)
 
-@call_parse
-def facelab_evaluate(
-    encoder:str='dlib',      # name of an encoder, or a file: .onnx, or .safetensors of two towers
-    protocol:str='att-one-photo', # att-one-photo, lfw-view1, lfw-view2, lfw-open-set, blufr, a CSV of pairs, or a folder of people
-    detector:str='adaptive', # hog, cnn, adaptive, ...
-    upsample:int=1,          # how often to double each photo before looking for faces
-    threshold:float=None,    # fixed for all; otherwise the protocol says how it is chosen
-    json:str=None,           # file for the main numbers
-    figures:str=None,        # folder for the curves and the worst mistakes
-    csv:str=None,            # table of results to put a row into
-    trained_on:str='',       # for that row: what the network has learned from, in words
-):
-    "Evaluate a face encoder honestly: people-disjoint thresholds, intervals, failures counted. Example: facelab-evaluate --protocol lfw-view2 --json result.json"
-    try: result = evaluate(encoder, protocol, detector, upsample, threshold, progress=None if sys.stdout.isatty() else False)
-    except (ValueError, OSError, ImportError) as e: print(f'facelab-evaluate: {e}', file=sys.stderr); raise SystemExit(2)
-    print(describe(result))
-    if json: _write(_dumps(result.json()), json)
+@command
+def facelab_evaluate(encoder='dlib', protocol='att-one-photo', detector='adaptive', upsample=1, threshold=None, figures=None, csv=None, trained_on='', progress=True):
+    """Evaluate a face encoder honestly: people-disjoint thresholds, intervals, failures counted.
+
+    A threshold that is given holds for all; otherwise the protocol says how it is chosen.
+
+    examples:
+      facelab-evaluate                                           # dlib's encoder on the AT&T faces
+      facelab-evaluate --encoder mine.safetensors --protocol pairs.csv --figures out
+      facelab-evaluate --protocol lfw-view2 --json result.json"""
+    result = evaluate(encoder, protocol, detector, upsample, threshold, progress=progress)
     extra = ''.join(f' --{k} {v}' for k, v, usual in (('detector', detector, 'adaptive'), ('upsample', upsample, 1), ('threshold', threshold, None)) if v != usual)
     if csv: add_result(csv, result_row(result, f'facelab-evaluate --encoder {encoder} --protocol {protocol}{extra}', trained_on))
     for name, fig in dict(curves=plot_result, mistakes=show_mistakes).items() if figures and result.protocol.task != 'blufr' else ():
         Path(figures).mkdir(parents=True, exist_ok=True)
         if f := fig(result): f.savefig(Path(figures)/f'{name}.png', dpi=110, bbox_inches='tight')
+    return Said(describe(result), result.json())
 
 def _dumps(o): return json.dumps(o, indent=1) + '\n'

@@ -8,19 +8,19 @@ __all__ = ['GROUP_THRESHOLDS', 'group_faces', 'bcubed_faces', 'BCubed', 'bcubed'
            'join_groups', 'keep_numbers', 'sort_faces', 'same_files', 'photo_rows', 'thumbnails_of', 'report_page',
            'copy_photos', 'Sorted', 'sort_folder', 'facelab_sort']
 
-# %% ../nbs/28b_sorting.ipynb #4b4204f9
-import base64, csv, hashlib, html, io, json, os, re, shutil, sys, tempfile
+# %% ../nbs/28b_sorting.ipynb #1f284e35
+import base64, csv, hashlib, html, io, json, os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
-from fastcore.script import call_parse
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import t as student
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering
 
+from .cli import Said, command, shown
 from .crop import crop_face, safe_name
 from .datasets import _digest, photos_in
 from .detect import Box
@@ -549,33 +549,25 @@ def sort_folder(
     result = Sorted(faces, photos, _names_table(faces, memory, names), notes + _notes(faces, photos, memory, names), threshold, out)
     return _finish(result, _update(memory, found, faces, names), dir.name, stamp)
 
-# %% ../nbs/28b_sorting.ipynb #0ed6ba5e
+# %% ../nbs/28b_sorting.ipynb #9a274750
 def _sorted_json(s):
     "What was found, as plain texts and numbers"
     rel = dict(zip(s.photos.path, s.photos.photo))
     faces = [dict(photo=rel[r.path], face=int(r.face), person=r.person, how=r.how, group=int(r.group), score=None if np.isnan(r.score) else round(float(r.score), 4), box=list(map(int, r.box))) for r in s.faces.itertuples()]
     return dict(threshold=s.threshold, box='top, right, bottom, left', faces=faces, photos=s.photos.drop(columns='path').to_dict('records'), groups=s.names.to_dict('records'), notes=s.notes)
 
-@call_parse
-def facelab_sort(
-    dir:str,                 # folder of photos; nothing in it is changed
-    people:str=None,         # who is known: folder with one folder of photos for each person, or a gallery file
-    out:str=None,            # folder for report.html and names.csv; otherwise DIR-sorted
-    threshold:float=None,    # average score of the faces of one person; otherwise the encoder's own
-    copy_to:str=None,        # folder for copies of the photos, one folder for each person
-    link:bool=False,         # links instead of copies
-    encoder:str='dlib',      # name of an encoder, or a file: .onnx or .safetensors
-    detector:str='adaptive', # hog, cnn, adaptive, ...
-    upsample:int=1,          # how often to double each photo before looking for faces
-    json:str=None,           # file for everything that was found; - prints it
-):
-    "Sort a folder of photos by the people on them. Example: facelab-sort holiday --people friends, then write names into holiday-sorted/names.csv and run it again"
-    try:
-        s = sort_folder(dir, people, out, threshold, encoder, detector, upsample, copy_to, link, progress=None if sys.stdout.isatty() else False)
-        if json and json != '-': write_private(_dumps(_sorted_json(s)), json)
-    except (ValueError, OSError, ImportError) as e: print(f'facelab-sort: {e}', file=sys.stderr); raise SystemExit(2)
-    if json == '-': print(_dumps(_sorted_json(s)), end='')
-    else: print(f'{s}\nlook at {s.out.name}/report.html, write names into {s.out.name}/names.csv, run this again')
+@command
+def facelab_sort(photos, people=None, out=None, threshold=None, copy_to=None, link=False, encoder='dlib', detector='adaptive', upsample=1, progress=True):
+    """Sort a folder of photos by the people on them. Nothing in the folder is changed.
+
+    The report goes to --out, otherwise to PHOTOS-sorted. Write names into the names.csv there and run the same command again.
+    The threshold is for the average score of the faces of one person.
+
+    examples:
+      facelab-sort holiday
+      facelab-sort holiday --people friends --copy_to by-person --link"""
+    s = sort_folder(photos, people, out, threshold, encoder, detector, upsample, copy_to, link, progress=progress)
     bad = s.photos[s.photos.status.isin(['bad image', 'failed']) | s.photos.reason.str.contains('not copied|left alone')]
-    for r in bad.itertuples(): print(f'{r.photo}: {r.status if r.status != "ok" else ""} {r.reason}'.replace(':  ', ': '), file=sys.stderr)
-    if len(bad): raise SystemExit(1)
+    lost = [f'{shown(r.photo)}: {r.status if r.status != "ok" else ""} {shown(r.reason)}'.replace(':  ', ': ') for r in bad.itertuples()]
+    place = shown(s.out.name)
+    return Said('\n'.join([str(s), *lost, f'look at {place}/report.html, write names into {place}/names.csv, run this again']), _sorted_json(s), int(bool(lost)))

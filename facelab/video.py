@@ -7,19 +7,19 @@ __all__ = ['CODES', 'check_out', 'write_video', 'pair_boxes', 'Track', 'Tracker'
            'Film', 'watch', 'film_table', 'in_two_places', 'box_at', 'draw_faces', 'named_frames', 'evenly',
            'open_known', 'film_json', 'name_film', 'facelab_video']
 
-# %% ../nbs/33_video.ipynb #839aa1ab
-import json, os, sys
+# %% ../nbs/33_video.ipynb #9a15df39
+import json, os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageDraw
 from scipy.optimize import linear_sum_assignment
 
+from .cli import Said, command, write_whole
 from .collect import NotSaved, check_video, open_video, video_frames
 from .crop import cut_face
 from .detect import Box, Face, detect, iou
@@ -28,7 +28,6 @@ from .fairness import sharpness
 from .gallery import UNKNOWN, Gallery
 from .images import load_image
 from .people import FRAME_COLOURS, _label, _set, enrol_folder
-from .protocols import _dumps, _write
 
 # %% ../nbs/33_video.ipynb #25101a63
 CODES = {'.mp4': 'mp4v', '.avi': 'MJPG', '.webm': 'VP80'}
@@ -344,31 +343,23 @@ def name_film(
     if out: write_video(evenly(named_frames(source, film, table), film.fps), out, film.fps)
     return film, table
 
-# %% ../nbs/33_video.ipynb #19c59fb8
-@call_parse
-def facelab_video(
-    file:str,            # the video
-    gallery:str=None,    # who is known: a gallery file (.npz), or a folder of people (needed)
-    out:str=None,        # video with boxes and names: .mp4, .avi, .webm
-    table:str=None,      # CSV file: track, name, score, from, to, ...
-    json:str=None,       # JSON file: the same, with every box
-    threshold:float=None,# lowest score of a match; otherwise the gallery's own
-    every:int=3,         # look for faces in every so many frames
-    least:int=2,         # leave out faces that were found in fewer looks
-    keep:int=3,          # at most so many good looks of a face are measured and averaged
-):
-    "Who is in a video, and when? Example: facelab-video party.mp4 --gallery class.npz --table party.csv --out named.mp4"
-    try:
-        if not gallery: raise ValueError('--gallery is missing: the file, or the folder of people, that says who is known')
-        if out: check_out(out)
-        check_video(file)
-        known = open_known(gallery)
-        film, t = name_film(file, known, out, threshold, least, None if sys.stdout.isatty() else False, every=every, keep=keep)
-        if table: _write(t.to_csv(index=False), table)
-        if json: _write(_dumps(film_json(film, t, known, threshold)), json)
-    except (ValueError, OSError, ImportError) as e: print(f'facelab-video: {e}', file=sys.stderr); raise SystemExit(2)
-    print(_told(film, t))
-    if film.note: raise SystemExit(1)
+# %% ../nbs/33_video.ipynb #13073fcf
+@command
+def facelab_video(video, gallery=None, out=None, table=None, threshold=None, every=3, least=2, keep=3, progress=True):
+    """Who is in a video, and when?
+
+    --gallery may also be a folder of people. --out is a copy of the video with boxes and names: .mp4, .avi or .webm.
+
+    examples:
+      facelab-video party.mp4 --gallery gallery.npz
+      facelab-video party.mp4 --gallery people --table party.csv --out named.mp4"""
+    if not gallery: raise ValueError('--gallery is missing: the file, or the folder of people, that says who is known')
+    if out: check_out(out)
+    check_video(video)
+    known = open_known(gallery)
+    film, t = name_film(video, known, out, threshold, least, progress, every=every, keep=keep)
+    if table: write_whole(table, t.to_csv(index=False), 0o600)
+    return Said(_told(film, t), film_json(film, t, known, threshold), int(bool(film.note)))
 
 def _told(film, t):
     head = f'{film.name}: {film.frames} frames, {film.seconds:.1f} s, faces looked for in {film.looks}, {len(t)} tracks{film.note and "; " + film.note}'

@@ -158,7 +158,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_automatic_by_the_clock_of_the_frames(tmp_path, sees):
-    c, image = Collection(tmp_path, 'Ann', consent=True, every=2., detector='told'), np.zeros((240, 480, 3), np.uint8)
+    c, image = Collection(tmp_path, 'Ann', consent=True, pause=2., detector='told'), np.zeros((240, 480, 3), np.uint8)
     c.automatic = True
     saved = []
     for t in range(12):
@@ -260,31 +260,31 @@ def test_keys(tmp_path, ben):
 def test_the_command_for_real(tmp_path, video):
     "In a process of its own: what people type, what they see, what they get"
     (tmp_path/'command.py').write_text('from facelab.collect import facelab_collect\nfacelab_collect()\n')
-    args = (tmp_path/'class', '--person', 'Ann Lee', '--consent', '--source', video, '--headless', '--keys', '0:a 1:a 2:p 2:c', '--every', '0.3', '--json', tmp_path/'log.json')
+    args = (tmp_path/'class', '--name', 'Ann Lee', '--consent', '--source', video, '--headless', '--keys', '0:a 1:a 2:p 2:c', '--pause', '0.3', '--json', tmp_path/'log.json')
     r = subprocess.run([sys.executable, '-W', 'ignore', tmp_path/'command.py', *map(str, args)], capture_output=True, text=True, timeout=240)
-    assert r.returncode == 1 and r.stderr == '' and 'frame 0: no face' in r.stdout and 'frame 1: anchor 1 saved' in r.stdout, (r.stdout, r.stderr)
+    assert r.returncode == 1 and 'frame 0: no face' in r.stderr and 'frame 1: anchor 1 saved' in r.stderr and r.stdout.count('\n') == 1 and 'Ann Lee: 1 anchor' in r.stdout, (r.stdout, r.stderr)
     told = json.loads((tmp_path/'log.json').read_text())
     assert told['counts'] == collected(tmp_path/'class').role.value_counts().to_dict() and told['session'][0]['taken'] is False
     assert {p.name for p in (tmp_path/'class'/'people').iterdir()} == {'Ann Lee'}
 
 
 def run(capsys, *args, **kw):
-    try: facelab_collect.__wrapped__(*map(str, args), **kw); code = 0
+    try: facelab_collect(*map(str, args), **kw); code = 0
     except SystemExit as e: code = e.code
     return code, *capsys.readouterr()
 
 
 def test_wrong_use_is_one_line(tmp_path, video, capsys):
-    ok = dict(person='Ann', consent=True, source=str(video), keys='1:a')
+    ok = dict(name='Ann', consent=True, source=str(video), keys='1:a')
     assert run(capsys, tmp_path, **ok)[0] == 0
-    for change, word in ((dict(person=None), '--person'), (dict(consent=False), 'ask first'), (dict(keys=None, headless=True), '--keys'), (dict(source='none.mp4'), 'missing'), (dict(keys='1:x'), 'FRAME:KEY'),
-                         (dict(source=None, camera=97), 'camera 97'), (dict(every=0.), 'every'), (dict(size=3), 'size'), (dict(detector='nose'), 'no detector')):
+    for change, word in ((dict(name=None), '--name'), (dict(consent=False), 'ask first'), (dict(keys=None, headless=True), '--keys'), (dict(source='none.mp4'), 'missing'), (dict(keys='1:x'), 'FRAME:KEY'),
+                         (dict(source=None, camera=97), 'camera 97'), (dict(pause=0.), 'pause'), (dict(size=3), 'size'), (dict(detector='nose'), 'no detector')):
         code, _, err = run(capsys, tmp_path, **(ok | change))
         assert code == 2 and err.count('\n') == 1 and word in err and err.startswith('facelab-collect: '), (change, err)
 
 
 def test_full_disk_in_the_command(tmp_path, video, capsys):
-    with mock.patch('os.fsync', side_effect=OSError(errno.ENOSPC, 'No space left')): code, _, err = run(capsys, tmp_path, person='Ann', consent=True, source=str(video), keys='1:a')
+    with mock.patch('os.fsync', side_effect=OSError(errno.ENOSPC, 'No space left')): code, _, err = run(capsys, tmp_path, name='Ann', consent=True, source=str(video), keys='1:a')
     assert code == 2 and err == 'facelab-collect: nothing was saved: the disk is full; what was saved before is safe\n'
     assert not [p for p in tmp_path.rglob('*') if p.is_file()] and 'disk is full' in str(not_saved(OSError(errno.ENOSPC, '')))
 

@@ -242,7 +242,7 @@ def test_galleries(tmp_path, gallery):
 
 
 def run(capsys, *args, **kw):
-    try: facelab_video.__wrapped__(*map(str, args), **{k: str(v) if hasattr(v, 'suffix') else v for k, v in kw.items()}); code = 0
+    try: facelab_video(*map(str, args), **{k: str(v) if hasattr(v, 'suffix') else v for k, v in kw.items()}); code = 0
     except SystemExit as e: code = e.code
     return code, *capsys.readouterr()
 

@@ -94,7 +94,7 @@ def train_by(
         views = FaceViews(views.pixels[somebody], views.people[somebody])
     return pretrain(views, folder, arch, **dict(dict(most=10**6, total=total, drop=0., loss=StudentLoss(**TEACHERS[how]), augment=gentle(size)), **kw))
 
-# %% ../../nbs/15_models.resnet34_faces.ipynb #1dc45592
+# %% ../../nbs/15_models.resnet34_faces.ipynb #f664335a
 def train_faces(
     views:FaceViews,       # from `taught_views`
     folder,                # for checkpoints and the network between the courses
@@ -108,7 +108,7 @@ def train_faces(
 ):                         # a Learner with .log of both courses
     "Two courses, small faces and then larger ones; interrupted, it goes on where it stopped"
     folder, logs, init = Path(folder), [], 'none'
-    for name, n, size, lr in zip(('first', 'second'), epochs, sizes, lrs):
+    for name, n, size, lr in zip(('first', 'second', 'third'), epochs, sizes, lrs):
         judge = judges and strangers_eer(*judges, size)
         learn = train_by(how, views, folder/name, size, arch=arch, epochs=n, lr=lr, init=str(init), judge=judge, every=5, **kw)
         logs.append(learn.log.assign(course=name))
@@ -129,30 +129,32 @@ def plot_courses(
         ax.set(xlabel='epoch', ylabel=dict(loss='loss', eer='EER, people kept out')[what], ylim=(0, None)); ax.grid(alpha=.3); ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/15_models.resnet34_faces.ipynb #ce1bf888
+# %% ../../nbs/15_models.resnet34_faces.ipynb #9c81a6a3
 def by_each(
     views:FaceViews,          # from `taught_views`
     folder,                   # for checkpoints, a folder for each way in it
     ways=tuple(TEACHERS),     # names of `TEACHERS`
     size:int=64,              # side of the faces, pixels
     arch:str='resnet34',      # name of a torchvision network
-    epochs:int=6,             # of each training
+    epochs:int=12,            # of each training
     lr:float=2e-3,            # highest rate
     **kw,                     # total, bs, ... of `train_by`
 )->dict:                      # name: `Encoder`; 'random' is the network before any training
-    "The same training once for each teacher, and the network untrained"
+    "The same training once for each teacher, and the network untrained; whoever had a teacher ends with the map to its numbers"
     torch.manual_seed(42)
     out = dict(random=Encoder(face_tower(arch), f'{arch}-random', size, 512, align='chip'))
-    for how in ways: out[how] = student_encoder(train_by(how, views, Path(folder)/how, size, arch=arch, epochs=epochs, lr=lr, **kw), f'{arch}-{how}', size, licence=LFW_LICENCE)
+    for how in ways: out[how] = student_encoder(train_by(how, views, Path(folder)/how, size, arch=arch, epochs=epochs, lr=lr, **kw), f'{arch}-{how}', size, project=how != 'labels', licence=LFW_LICENCE)
     return out
 
-# %% ../../nbs/15_models.resnet34_faces.ipynb #1173c2d0
+# %% ../../nbs/15_models.resnet34_faces.ipynb #ca7f1e39
 def faces_row(
-    encoder,    # name, file or `Encoder`
-    name:str,   # of the row
-)->pd.DataFrame: # one row
+    encoder,                # name, file or `Encoder`
+    name:str,               # of the row
+    pairs='lfw-view1',      # a protocol of pairs; see `evaluate`
+    people='att-one-photo', # a protocol of a gallery
+)->pd.DataFrame:            # one row
     "View 1 accuracy and AT&T rank-1 with intervals over people, as one row"
-    view1, att = (evaluate(encoder, o, progress=False).measures for o in ('lfw-view1', 'att-one-photo'))
+    view1, att = (evaluate(encoder, o, progress=False).measures for o in (pairs, people))
     cut = lambda m, k, to: {to: m.value[k], f'{to}_lo': m.lo[k], f'{to}_hi': m.hi[k]}
     return pd.DataFrame([cut(view1, 'accuracy', 'view1') | dict(view1_eer=view1.value['eer']) | cut(att, 'rank1', 'att_rank1')], index=[name])
 
