@@ -317,6 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'facelab.cli.seen_in': ('cli.html#seen_in', 'facelab/cli.py'),
                              'facelab.cli.shown': ('cli.html#shown', 'facelab/cli.py'),
                              'facelab.cli.small_picture': ('cli.html#small_picture', 'facelab/cli.py'),
+                             'facelab.cli.suited': ('cli.html#suited', 'facelab/cli.py'),
                              'facelab.cli.the_encoder': ('cli.html#the_encoder', 'facelab/cli.py'),
                              'facelab.cli.the_gallery': ('cli.html#the_gallery', 'facelab/cli.py'),
                              'facelab.cli.times': ('cli.html#times', 'facelab/cli.py'),

@@ -7,7 +7,7 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'pairs_file', 'people_folds', 'k_photos_each', 'one_photo_each', 'lfw_open_set', 'blufr_lists', 'blufr',
            'row_similarity', 'pair_scores', 'best_threshold', 'judge_pairs', 'Result', 'fold_error', 'pair_measures',
            'nearest_references', 'threshold_for_strangers', 'judge_gallery', 'gallery_eer', 'gallery_measures',
-           'find_encoder', 'time_encoder', 'evaluate', 'find_protocol', 'mistakes', 'show_mistakes', 'open_set_points',
+           'find_encoder', 'time_encoder', 'find_protocol', 'evaluate', 'mistakes', 'show_mistakes', 'open_set_points',
            'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
 # %% ../nbs/20_protocols.ipynb #951198c5
@@ -417,7 +417,7 @@ def time_encoder(
     once()
     return min(once() for _ in range(times))
 
-# %% ../nbs/20_protocols.ipynb #1f1e22f1
+# %% ../nbs/20_protocols.ipynb #9824753b
 def _fta(report, photos):
     lost = report.status != 'ok'
     lo, hi = wilson_ci(lost.sum(), len(lost))
@@ -429,25 +429,6 @@ def _judged(emb, protocol, threshold):
         return trials, pair_measures(trials)
     trials = judge_gallery(nearest_references(emb, protocol.table), protocol.fpir, threshold)
     return trials, pd.concat([m for m in (gallery_measures(trials), gallery_eer(emb, protocol.table)) if len(m)])
-
-def evaluate(
-    encoder,            # name, file or `Encoder`; see `find_encoder`
-    protocol,           # a `Protocol`, or the name of one; see `find_protocol`
-    detector:str='adaptive', # a name from `detectors()`
-    upsample:int=1,     # see `detect`
-    threshold:float|None=None, # for all; None: the protocol says how it is chosen
-    progress=None,      # show photos a second and time left? None: yes, except in tests
-)->Result:
-    "Measure a system under a protocol: every photo, every pair, every failure counted"
-    start, e, protocol = time.perf_counter(), find_encoder(encoder), find_protocol(protocol)
-    if protocol.task == 'pairs' and threshold is None and protocol.table.fold.nunique() == 1: threshold = e.threshold
-    emb = embed_cached(protocol.photos, e, detector, upsample, progress=progress)
-    if not len(emb): raise ValueError(f'no face was found in any of the {len(emb.report)} photos of {protocol.name}')
-    judge = _judged_blufr if protocol.task == 'blufr' else _judged
-    trials, measures = judge(emb, protocol, threshold)
-    measures = pd.concat([measures, _fta(emb.report, protocol.photos)])
-    seconds = time.perf_counter() - start
-    return Result(e.name, protocol, emb.recipe, measures, trials, emb.report, seconds, time_encoder(e))
 
 # %% ../nbs/20_protocols.ipynb #30b49e95
 def _trial(emb, table, role, metric, fpir=.01):
@@ -490,6 +471,26 @@ def find_protocol(
     if Path(spec).is_dir(): return one_photo_each(people_folder(spec), Path(spec).name)
     if Path(spec).is_file(): return pairs_file(spec)
     raise ValueError(f'no protocol, file or folder named {str(spec)!r}; protocols are {", ".join(PROTOCOLS)}')
+
+# %% ../nbs/20_protocols.ipynb #6aa6cdd6
+def evaluate(
+    encoder,            # name, file or `Encoder`; see `find_encoder`
+    protocol,           # a `Protocol`, or the name of one; see `find_protocol`
+    detector:str='adaptive', # a name from `detectors()`
+    upsample:int=1,     # see `detect`
+    threshold:float|None=None, # for all; None: the protocol says how it is chosen
+    progress=None,      # show photos a second and time left? None: yes, except in tests
+)->Result:
+    "Measure a system under a protocol: every photo, every pair, every failure counted"
+    start, e, protocol = time.perf_counter(), find_encoder(encoder), find_protocol(protocol)
+    if protocol.task == 'pairs' and threshold is None and protocol.table.fold.nunique() == 1: threshold = e.threshold
+    emb = embed_cached(protocol.photos, e, detector, upsample, progress=progress)
+    if not len(emb): raise ValueError(f'no face was found in any of the {len(emb.report)} photos of {protocol.name}')
+    judge = _judged_blufr if protocol.task == 'blufr' else _judged
+    trials, measures = judge(emb, protocol, threshold)
+    measures = pd.concat([measures, _fta(emb.report, protocol.photos)])
+    seconds = time.perf_counter() - start
+    return Result(e.name, protocol, emb.recipe, measures, trials, emb.report, seconds, time_encoder(e))
 
 # %% ../nbs/20_protocols.ipynb #18a22c8e
 def mistakes(
