@@ -1724,6 +1724,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'facelab.sorting.Remembered.save': ('sorting.html#remembered.save', 'facelab/sorting.py'),
                                  'facelab.sorting.Sorted': ('sorting.html#sorted', 'facelab/sorting.py'),
                                  'facelab.sorting.Sorted.__str__': ('sorting.html#sorted.__str__', 'facelab/sorting.py'),
+                                 'facelab.sorting._alone': ('sorting.html#_alone', 'facelab/sorting.py'),
                                  'facelab.sorting._apart': ('sorting.html#_apart', 'facelab/sorting.py'),
                                  'facelab.sorting._card': ('sorting.html#_card', 'facelab/sorting.py'),
                                  'facelab.sorting._cards': ('sorting.html#_cards', 'facelab/sorting.py'),

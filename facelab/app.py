@@ -355,7 +355,7 @@ def upload_bytes(
     if len(data) > most*_MB: raise ValueError(f'the file is larger than {most} MB; send a smaller photo')
     return data
 
-# %% ../nbs/30_app.ipynb #6a53987d
+# %% ../nbs/30_app.ipynb #a3a86311
 def _libc(name, *args):
     "A call of the C library, where it has it"
     try: return getattr(ctypes.CDLL(None), name)(*args)
@@ -376,6 +376,7 @@ class House:
     memory:Memory=field(default_factory=Memory)  # photos, ten minutes
     guests:Memory=field(default_factory=lambda: Memory(60)) # galleries of visitors, an hour
     room:Room=None
+    notice:str=''           # HTML of yours, above everything else on the page
 
     def __post_init__(self):
         self.encoder = find_encoder(self.encoder)
@@ -757,7 +758,7 @@ def _must_not_tab(gr, house):
     "What this is not for"
     with gr.Tab('What it must not be used for', id='mustnot'): gr.Markdown(MUST_NOT, elem_id='must-not')
 
-# %% ../nbs/30_app.ipynb #adb3e794
+# %% ../nbs/30_app.ipynb #821c994c
 def _add_api(gr, house):
     "Two functions for programs: /recognise and /verify"
     def fit(image): 
@@ -791,6 +792,7 @@ def build_app(house:House):
     "The whole page"
     gr = get_gradio(); os.environ['GRADIO_TEMP_DIR'] = str(house.room.path)
     with gr.Blocks(title='facelab', analytics_enabled=False, delete_cache=(5, 45)) as app:
+        if house.notice: gr.HTML(house.notice, elem_id='notice')
         gr.HTML(_head_html(house))
         with gr.Tabs(elem_id='tabs'): late = [tab(gr, house) for tab in (_recognise_tab, _verify_tab, _enrol_tab, *((_collect_tab,) if house.local else ()), _compare_tab, *((_folder_tab,) if house.local else ()), _must_not_tab)]
         for o in late: o and o(app)

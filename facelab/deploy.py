@@ -66,7 +66,7 @@ def write_pins(
     "spaces/requirements.txt"
     (Path(root)/'spaces'/'requirements.txt').write_text(_HEAD + '\n'.join(pins([*needed(root), *also], given)) + '\n', encoding='utf-8')
 
-# %% ../nbs/34_deploy.ipynb #634617bd
+# %% ../nbs/34_deploy.ipynb #733e1211
 def make_space(
     dest,      # new or empty folder
     root=None, # folder of the project; None: where facelab was imported from
@@ -75,7 +75,7 @@ def make_space(
     root, dest = Path(root or Path(facelab.__file__).resolve().parent.parent), Path(dest)
     if not (root/'spaces'/'app.py').is_file(): raise ValueError('the folder spaces is not here; this needs a checkout of the project, not an installed package')
     if dest.exists() and any(o.name != '.git' for o in dest.iterdir()): raise ValueError(f'{dest.name} is not empty; give a new folder, or a fresh clone of the Space')
-    junk = shutil.ignore_patterns('__pycache__', '*.pyc', '.*')
+    junk = shutil.ignore_patterns('__pycache__', '*.pyc', '.*', 'weights')  # 43 MB for training; the demo does not train
     for source, target in (('spaces', ''), ('facelab', 'facelab'), ('data', 'data')): shutil.copytree(root/source, dest/target, ignore=junk, dirs_exist_ok=True)
     shutil.copy(root/'LICENSE', dest)
     return dest

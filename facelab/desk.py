@@ -404,7 +404,7 @@ def measure_system(
     rates = dict(error_curves(emb, grid).items()) | stranger_curves(emb, grid[::5], sizes)
     return dict(recipe=emb.recipe, weights=weights, measured_on=photos, counts=counts, sizes=sizes, fpir_threshold=_short(grid[::5])) | _short(rates, 3) | dict(calibrator=_short(cal.to_dict(), 5))
 
-# %% ../nbs/29_desk.ipynb #c5d53d81
+# %% ../nbs/29_desk.ipynb #a4118486
 def write_calibration(
     path='data/calibration.json',     # where to
     encoders=('dlib', 'edgeface-xs'), # names
@@ -415,7 +415,7 @@ def write_calibration(
     systems = []
     for name in encoders:
         emb = embed_cached(photos, name, progress=False)
-        systems.append(measure_system(emb, weights_digest(name), f'LFW (unofficial copy): {len(emb):,} photos with a face, of {len(photos):,}, {most} a person at most'))
+        systems.append(measure_system(emb, weights_digest(name), f'LFW (unofficial copy): {len(photos):,} photos, {most} a person at most' + (f'; no face was found on {len(photos) - len(emb):,}' if len(emb) < len(photos) else '')))
     _write(json.dumps(dict(command='python -m facelab.desk', systems=systems)).replace('{"recipe"', '\n{"recipe"') + '\n', path)
 
 # %% ../nbs/29_desk.ipynb #316b9c93

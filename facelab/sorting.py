@@ -8,13 +8,15 @@ __all__ = ['GROUP_THRESHOLDS', 'group_faces', 'bcubed_faces', 'BCubed', 'bcubed'
            'join_groups', 'keep_numbers', 'sort_faces', 'same_files', 'photo_rows', 'thumbnails_of', 'report_page',
            'copy_photos', 'Sorted', 'sort_folder', 'facelab_sort']
 
-# %% ../nbs/28b_sorting.ipynb #1f284e35
+# %% ../nbs/28b_sorting.ipynb #6da5e360
 import base64, csv, hashlib, html, io, json, os, re, shutil, tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
+from filelock import FileLock, Timeout
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import t as student
@@ -502,8 +504,18 @@ def _notes(faces, photos, memory, names, gone=10):
     out += [f'{r.person} is twice on {rel[r.path]}: one of the two is somebody else, or a picture of a picture' for r in twice[:gone].itertuples()]
     return out + ([f'and {len(twice) - gone} more people are twice on a photo'] if len(twice) > gone else [])
 
-# %% ../nbs/28b_sorting.ipynb #eb3c11d3
+# %% ../nbs/28b_sorting.ipynb #fd56ee91
 def _stamp(path): return (s.st_size, s.st_mtime_ns) if path.exists() and (s := path.stat()) else None
+
+@contextmanager
+def _alone(out):
+    "Two runs must not number the groups of one folder at the same time"
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out/'.lock', timeout=0, mode=0o600)
+    try: lock.acquire()
+    except Timeout: raise ValueError(f'{out.name} is being written by another run: wait for its end') from None
+    try: yield
+    finally: lock.release()
 
 def _places(dir, people, out, copy_to):
     "The folder, where results go, and the photos; `ValueError` when one of them makes no sense"
@@ -537,17 +549,18 @@ def sort_folder(
     progress=None,       # show bars? None: yes, except in tests
 )->Sorted:
     "Sort a folder of photos by people: known ones, those named in names.csv, and groups that wait for a name"
-    dir, out, table = _places(dir, people, out, copy_to)
-    names, stamp, e = read_names(out/'names.csv'), _stamp(out/'names.csv'), find_encoder(encoder)
-    gallery, notes = _known_people(people, e, detector, upsample, progress)
-    if gallery: e, detector, upsample = gallery.encoder, gallery.recipe['detector'], gallery.recipe['upsample']
-    threshold = check_threshold(group_threshold(e) if threshold is None else threshold)
-    found = embed_folder(table, out/'faces.npz', e, detector, upsample, 'all', workers=workers, progress=progress)
-    memory = Remembered.load(out/'groups.npz', found.recipe); memory.last = max([memory.last, *names])
-    faces = sort_faces(found, threshold, gallery, memory, {k: v for k, v in names.items() if k in set(memory.groups.tolist())})
-    photos = (lambda t: copy_photos(t, copy_to, link) if copy_to else t)(photo_rows(found.report, faces, dir))
-    result = Sorted(faces, photos, _names_table(faces, memory, names), notes + _notes(faces, photos, memory, names), threshold, out)
-    return _finish(result, _update(memory, found, faces, names), dir.name, stamp)
+    dir, out, table = _places(dir, people, out, copy_to); e = find_encoder(encoder)
+    with _alone(out):
+        names, stamp = read_names(out/'names.csv'), _stamp(out/'names.csv')
+        gallery, notes = _known_people(people, e, detector, upsample, progress)
+        if gallery: e, detector, upsample = gallery.encoder, gallery.recipe['detector'], gallery.recipe['upsample']
+        threshold = check_threshold(group_threshold(e) if threshold is None else threshold)
+        found = embed_folder(table, out/'faces.npz', e, detector, upsample, 'all', workers=workers, progress=progress)
+        memory = Remembered.load(out/'groups.npz', found.recipe); memory.last = max([memory.last, *names])
+        faces = sort_faces(found, threshold, gallery, memory, {k: v for k, v in names.items() if k in set(memory.groups.tolist())})
+        photos = (lambda t: copy_photos(t, copy_to, link) if copy_to else t)(photo_rows(found.report, faces, dir))
+        result = Sorted(faces, photos, _names_table(faces, memory, names), notes + _notes(faces, photos, memory, names), threshold, out)
+        return _finish(result, _update(memory, found, faces, names), dir.name, stamp)
 
 # %% ../nbs/28b_sorting.ipynb #9a274750
 def _sorted_json(s):

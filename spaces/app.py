@@ -43,24 +43,10 @@ class Demo(app.House):
         return own if own is not None else self.guests.put(session, 'gallery', Gallery.from_embeddings(att_people(), encoder=get_encoder('dlib')))
 
 
-_build = app.build_app
-
-
-def build_demo(house):
-    "The page of the app, with the warning above everything else"
-    gr, page = app.get_gradio(), _build(house)
-    with page: gr.HTML(WARNING, elem_id='warning')
-    page.children.insert(0, page.children.pop())
-    return page
-
-
-app.build_app = build_demo
-
-
 def main():
     torch.set_num_threads(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what was uploaded is removed on the way out
-    house = Demo(local=False)
+    house = Demo(local=False, notice=WARNING)
     recognise(house.of(None), Image.new('RGB', (320, 240)))
     page = app.start_app(house, HOST, PORT)
     print(f'facelab demo: {page.local_url}', flush=True)

@@ -83,13 +83,13 @@ def test_space_is_complete(space):
 def test_demo(monkeypatch):
     pytest.importorskip('gradio')
     monkeypatch.delenv('SPACE_ID', raising=False); monkeypatch.delenv('GRADIO_SERVER_NAME', raising=False)
-    m = runpy.run_path(str(ROOT/'spaces'/'app.py')); house = m['Demo'](local=False)
+    m = runpy.run_path(str(ROOT/'spaces'/'app.py')); house = m['Demo'](local=False, notice=m['WARNING'])
     try:
         assert m['HOST'] == '127.0.0.1' and house.file is None and house.gallery is None
         a, b = house.of('a'), house.of('b'); a.forget('AT&T s01')
         assert len(a) == 39 and len(b) == 40 and all(o.startswith('AT&T s') for o in b.people) and house.of('a') is a
         house.leave('a'); assert len(house.of('a')) == 40
-        first = m['build_demo'](house).children[0].value; assert 'public demo' in first and 'within a minute' in first
+        first = m['app'].build_app(house).children[0].value; assert 'public demo' in first and 'within a minute' in first
     finally: house.close()
     monkeypatch.setenv('SPACE_ID', 'a/b'); assert runpy.run_path(str(ROOT/'spaces'/'app.py'))['HOST'] == '0.0.0.0'
 
