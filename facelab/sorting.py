@@ -562,7 +562,7 @@ def sort_folder(
         result = Sorted(faces, photos, _names_table(faces, memory, names), notes + _notes(faces, photos, memory, names), threshold, out)
         return _finish(result, _update(memory, found, faces, names), dir.name, stamp)
 
-# %% ../nbs/28b_sorting.ipynb #9a274750
+# %% ../nbs/28b_sorting.ipynb #789f4dc5
 def _sorted_json(s):
     "What was found, as plain texts and numbers"
     rel = dict(zip(s.photos.path, s.photos.photo))
@@ -578,7 +578,7 @@ def facelab_sort(photos, people=None, out=None, threshold=None, copy_to=None, li
 
     examples:
       facelab-sort holiday
-      facelab-sort holiday --people friends --copy_to by-person --link"""
+      facelab-sort holiday --people friends --copy-to by-person --link"""
     s = sort_folder(photos, people, out, threshold, encoder, detector, upsample, copy_to, link, progress=progress)
     bad = s.photos[s.photos.status.isin(['bad image', 'failed']) | s.photos.reason.str.contains('not copied|left alone')]
     lost = [f'{shown(r.photo)}: {r.status if r.status != "ok" else ""} {shown(r.reason)}'.replace(':  ', ': ') for r in bad.itertuples()]

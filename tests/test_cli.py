@@ -1,7 +1,9 @@
 "The commands as people and programs use them: answers, exit codes, errors in one line, and folders as they really are"
+import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -317,3 +319,35 @@ def test_older_commands_use_the_words_for_the_same_kind_of_value():
             if not isinstance(f, ast.FunctionDef) or not any(getattr(d, 'id', '') == 'call_parse' for d in f.decorator_list): continue
             for a in f.args.args:
                 if a.arg in kinds and isinstance(a.annotation, ast.Name): assert a.annotation.id == kinds[a.arg], f'{f.name}: {a.arg}'
+
+
+SCRIPTS = dict(re.findall(r'^ +(facelab-[a-z]+) = (\S+)$', (Path(__file__).parent.parent/'settings.ini').read_text(), re.M))
+del SCRIPTS['facelab-app']  # a server: it has no answer, and ends when it is told to
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_every_command_speaks_the_same_language(name, monkeypatch, capsys):
+    module, f = SCRIPTS[name].split(':'); f = getattr(importlib.import_module(module), f)
+    words = inspect.signature(f).parameters
+    assert 'json' in words and set(words) <= set(cli.VOCABULARY) and f.__doc__.count('\n') > 1
+    for args, wanted in ((['--nonsense'], 2), (['--help'], 0)):
+        monkeypatch.setattr(sys, 'argv', [name, *args])
+        with pytest.raises(SystemExit) as e: f()
+        out, err = capsys.readouterr()
+        assert (e.value.code or 0) == wanted, (out, err)
+        if wanted: assert out == '' and err.startswith(f'{name}: ') and err.count('\n') == 1
+        else: assert 'examples:' in out and 'exit code: 0' in out and all(f'--{w}' in out or f'--no-{w}' in out for w in (k.replace('_', '-') for k, p in words.items() if p.default is not p.empty and k != 'other'))
+
+
+@pytest.mark.parametrize('name, args, code, key', [
+    ('people', ['people', '--query', 'new'], 0, 'faces'), ('sort', ['new', '--people', 'people', '--out', 'new-sorted'], 0, 'groups'), ('evaluate', ['--encoder', 'pixels', '--protocol', 'att-one-photo'], 0, 'rank1'),
+    ('collect', ['class'], 2, None), ('video', ['none.mp4'], 2, None), ('demo', ['--data', 'empty', '--out', 'demo'], 2, None), ('leaderboard', ['--csv', 'bad/text.jpg'], 2, None)])
+def test_answers_for_programs_from_every_command(root, monkeypatch, capsys, name, args, code, key):
+    monkeypatch.chdir(root); monkeypatch.setattr(sys, 'argv', [f'facelab-{name}', *args, '--json'])
+    module, f = SCRIPTS[f'facelab-{name}'].split(':')
+    try: got = getattr(importlib.import_module(module), f)() or 0
+    except SystemExit as e: got = e.code
+    out, err = capsys.readouterr()
+    assert got == code, (out, err)
+    if code == 2: assert out == '' and err.count('\n') == 1 and err.startswith(f'facelab-{name}: '), err
+    else: told = json.loads(out); assert told['command'] == f'facelab-{name}' and told['code'] == 0 and key in told
