@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #212f00db
+# %% ../nbs/99_all.ipynb #b9e7586b
 import warnings
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
@@ -53,6 +53,7 @@ from .sorting import *
 from .desk import *
 from .app import *
 from .collect import *
+from .command import *
 from .cli import *
 from .video import *
 from .demo import *

@@ -8,7 +8,7 @@ __all__ = ['VIDEO_REASONS', 'KEYS', 'portrait_window', 'portrait', 'Sight', 'loo
            'Frame', 'open_video', 'video_frames', 'NoScreen', 'check_screen', 'Window', 'scripted', 'press',
            'run_session', 'collect', 'facelab_collect']
 
-# %% ../nbs/31_collect.ipynb #8fb3f049
+# %% ../nbs/31_collect.ipynb #d608d582
 import errno, io, json, os, sys, time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
-from .cli import Said, command, shown
+from .command import Said, command, shown
 from .crop import safe_name
 from .datasets import people_folder
 from .detect import Box, detect

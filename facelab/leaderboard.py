@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'BARRED', 'BOARD', 'run_board', 'board', 'plot_board', 'plot_speed', 'compare', 'facelab_leaderboard']
 
-# %% ../nbs/25_leaderboard.ipynb #19c2498e
+# %% ../nbs/25_leaderboard.ipynb #9c9b9320
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
-from .cli import Said, command
+from .command import Said, command
 from .protocols import add_result, evaluate, read_results, result_row
 
 # %% ../nbs/25_leaderboard.ipynb #6303392d

@@ -6,8 +6,8 @@
 __all__ = ['FRAME_COLOURS', 'enrol_folder', 'name_photos', 'face_rows', 'name_font', 'place_labels', 'draw_names', 'picture_name',
            'write_pictures', 'people_demo', 'facelab_people']
 
-# %% ../nbs/28_people.ipynb #c00dd4b4
-import os, unicodedata
+# %% ../nbs/28_people.ipynb #6bd777b8
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-from .cli import Said, command, shown
+from .command import Said, command, shown
 from .crop import safe_name, save_image
 from .datasets import people_folder, photos_in
 from .detect import Box

@@ -10,7 +10,7 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'find_encoder', 'time_encoder', 'find_protocol', 'evaluate', 'mistakes', 'show_mistakes', 'open_set_points',
            'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #951198c5
+# %% ../nbs/20_protocols.ipynb #3547ab0c
 import json, os, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from .cli import Said, command
+from .command import Said, command
 from .datasets import att_faces, data_root, lfw, lfw_pairs, people_folder
 from .embed import METRICS, check_metric, encoders, get_encoder, load_encoder, similarity
 from .folder import embed_cached

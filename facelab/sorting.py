@@ -8,10 +8,10 @@ __all__ = ['GROUP_THRESHOLDS', 'group_faces', 'bcubed_faces', 'BCubed', 'bcubed'
            'join_groups', 'keep_numbers', 'sort_faces', 'same_files', 'photo_rows', 'thumbnails_of', 'report_page',
            'copy_photos', 'Sorted', 'sort_folder', 'facelab_sort']
 
-# %% ../nbs/28b_sorting.ipynb #6da5e360
-import base64, csv, hashlib, html, io, json, os, re, shutil, tempfile
+# %% ../nbs/28b_sorting.ipynb #5a34a738
+import base64, csv, html, io, json, os, re, shutil, tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import t as student
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering
 
-from .cli import Said, command, shown
+from .command import Said, command, shown
 from .crop import crop_face, safe_name
 from .datasets import _digest, photos_in
 from .detect import Box

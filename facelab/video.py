@@ -7,8 +7,8 @@ __all__ = ['CODES', 'check_out', 'write_video', 'pair_boxes', 'Track', 'Tracker'
            'Film', 'watch', 'film_table', 'in_two_places', 'box_at', 'draw_faces', 'named_frames', 'evenly',
            'open_known', 'film_json', 'name_film', 'facelab_video']
 
-# %% ../nbs/33_video.ipynb #9a15df39
-import json, os
+# %% ../nbs/33_video.ipynb #4a1052b6
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image, ImageDraw
 from scipy.optimize import linear_sum_assignment
 
-from .cli import Said, command, write_whole
+from .command import Said, command, write_whole
 from .collect import NotSaved, check_video, open_video, video_frames
 from .crop import cut_face
 from .detect import Box, Face, detect, iou

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from facelab import cli
+from facelab import cli, command
 from facelab.datasets import att_split
 from facelab.embed import Embeddings
 from facelab.gallery import Gallery
@@ -113,7 +113,7 @@ def test_wrong_use_in_real_processes(root):
 
 
 def test_a_reader_that_hangs_up(root):
-    r = subprocess.run(f'{sys.executable} -c "from facelab.cli import say, Said; say(Said(\'x\\n\'*99999), \'x\')" | head -1', shell=True, capture_output=True, text=True, timeout=60)
+    r = subprocess.run(f'{sys.executable} -c "from facelab.command import say, Said; say(Said(\'x\\n\'*99999), \'x\')" | head -1', shell=True, capture_output=True, text=True, timeout=60)
     assert r.stdout == 'x\n' and r.stderr == ''
 
 
@@ -122,7 +122,7 @@ def test_a_reader_that_hangs_up(root):
 def test_words_mean_the_same_everywhere():
     for name in COMMANDS:
         sig = inspect.signature(getattr(cli, f'facelab_{name}'))
-        assert all(p.annotation is cli.VOCABULARY[w] for w, p in sig.parameters.items()) and 'json' in sig.parameters
+        assert all(p.annotation is command.VOCABULARY[w] for w, p in sig.parameters.items()) and 'json' in sig.parameters
 
 
 def test_names_of_modules_do_not_clash():
@@ -308,12 +308,12 @@ def test_training_and_what_comes_of_it(run, tmp_path, system):
 
 def test_plain_is_json():
     o = dict(a=np.float32('nan'), b=np.arange(2), c=[np.bool_(True), Path('x')], d=pd.DataFrame(dict(e=[None, np.inf])), f=float('-inf'))
-    assert json.loads(json.dumps(cli.plain(o), allow_nan=False)) == dict(a=None, b=[0, 1], c=[True, 'x'], d=[dict(e=None)]*2, f=None)
+    assert json.loads(json.dumps(command.plain(o), allow_nan=False)) == dict(a=None, b=[0, 1], c=[True, 'x'], d=[dict(e=None)]*2, f=None)
 
 
 def test_older_commands_use_the_words_for_the_same_kind_of_value():
     import ast
-    kinds = {w: o.__origin__.__name__ if isinstance(o.__origin__, type) else 'str' for w, o in cli.VOCABULARY.items()}
+    kinds = {w: o.__origin__.__name__ if isinstance(o.__origin__, type) else 'str' for w, o in command.VOCABULARY.items()}
     for file in Path(cli.__file__).parent.glob('*.py'):
         for f in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
             if not isinstance(f, ast.FunctionDef) or not any(getattr(d, 'id', '') == 'call_parse' for d in f.decorator_list): continue
@@ -329,7 +329,7 @@ del SCRIPTS['facelab-app']  # a server: it has no answer, and ends when it is to
 def test_every_command_speaks_the_same_language(name, monkeypatch, capsys):
     module, f = SCRIPTS[name].split(':'); f = getattr(importlib.import_module(module), f)
     words = inspect.signature(f).parameters
-    assert 'json' in words and set(words) <= set(cli.VOCABULARY) and f.__doc__.count('\n') > 1
+    assert 'json' in words and set(words) <= set(command.VOCABULARY) and f.__doc__.count('\n') > 1
     for args, wanted in ((['--nonsense'], 2), (['--help'], 0)):
         monkeypatch.setattr(sys, 'argv', [name, *args])
         with pytest.raises(SystemExit) as e: f()
