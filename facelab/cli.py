@@ -397,7 +397,7 @@ def new_faces(
     check_leak(known, new)
     return known, new
 
-# %% ../nbs/32_cli.ipynb #18fa3683
+# %% ../nbs/32_cli.ipynb #1b895e74
 def check_system(
     system:str, # 'towers' or 'pair-image'
     arch:str,   # network of torchvision
@@ -421,10 +421,10 @@ def pair_learner(
 ):                       # a frozen Learner whose validation pairs show other people
     "Either system on pairs of faces, with nobody in training and in validation"
     import torchvision
-    from fastai.vision.all import GrandparentSplitter
     from facelab.batches import speed_up
     from facelab.pairs import make_pairs, write_pairs
     from facelab.train import pair_dls, pair_image_dls, pair_image_learner, siamese_learner
+    from fastai.vision.all import GrandparentSplitter
     train, valid = (make_pairs(t, how_many(t, n), positives='photos', seed=seed) for t, n in ((known, pairs), (new, 200)))
     bs, arch = min(32, len(train)), getattr(torchvision.models, arch)
     if system == 'towers': return speed_up(siamese_learner(pair_dls(train, valid, size, bs), arch, init))
