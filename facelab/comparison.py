@@ -390,7 +390,7 @@ def measure_all(
             temp = Path(csv).with_name(f'.{os.getpid()}-{Path(csv).name}'); t.to_csv(temp, index=False); os.replace(temp, csv)
     return absent
 
-# %% ../nbs/26_comparison.ipynb #e5830b4d
+# %% ../nbs/26_comparison.ipynb #a9ca88ab
 TRAININGS = ['system', 'init', 'photos', 'people', 'minutes', 'device', 'command']
 SHOWN = {'AT&T one photo': 'att-one-photo', 'LFW View 1': 'lfw-view1', 'AT&T new people': 'att-new-people', 'AT&T class': 'att-small-class', 'LFW class': 'lfw-small-class'}
 
@@ -418,9 +418,10 @@ def all_systems(
     results:pd.DataFrame,   # from `read_results`
     measured:pd.DataFrame,  # columns of `MEASURED`
     trainings:pd.DataFrame, # columns of `TRAININGS`
+    also=(),                # names of systems that nobody has measured yet
 )->pd.DataFrame:            # system x (test, measure): percent, with intervals, as text
     "Every system under every test, best on View 1 first"
-    names = sorted({*results.system, *measured.system, *trainings.system})
+    names = sorted({*results.system, *measured.system, *trainings.system, *also})
     best = results[results.protocol == 'lfw-view1'].set_index('system').accuracy
     names = sorted(names, key=lambda o: -best.get(o, 0))
     return pd.DataFrame({o: _cells(o, results, measured, trainings) for o in names}).T
@@ -428,12 +429,13 @@ def all_systems(
 def why_empty(
     table:pd.DataFrame,     # from `all_systems`
     inits:dict,             # {system: what it learned from}
+    reasons:dict={},        # {system: why it was not measured}, where that is known
 )->pd.DataFrame:            # system, test, why
     "The reason for every dash"
     out = []
     for name, row in table.iterrows():
         for title, test in SHOWN.items():
-            if (row[title] == '-').all(): out.append((name, title, barred(inits.get(name, ''), test) or 'not measured: its weights, or the photos, were not there'))
+            if (row[title] == '-').all(): out.append((name, title, reasons.get(name) or barred(inits.get(name, ''), test) or 'not measured: its weights, or the photos, were not there'))
         if row['cost', 'minutes'] == '-': out.append((name, 'minutes', 'not trained here' if inits.get(name) else 'nobody has written down what its training cost'))
     return pd.DataFrame(out, columns=['system', 'test', 'why'])
 
