@@ -8,9 +8,11 @@ __all__ = ['FACES_FILE', 'FACES_SHA256', 'GENTLE', 'imagenet_weights', 'read_wei
            'fit_stages', 'similarity_of', 'SiameseNet', 'PairDataset', 'pair_dls', 'siamese_splitter',
            'siamese_learner', 'plot_losses', 'save_model', 'about_model']
 
-# %% ../nbs/05_train.ipynb #5ad17ac6
+# %% ../nbs/05_train.ipynb #1fb9fb55
 import hashlib, json, os, socket, tempfile, warnings
 from collections import OrderedDict
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,7 +28,7 @@ from .pairs import augmentation, read_pair
 
 with warnings.catch_warnings(action='ignore', category=FutureWarning): from fastai.vision.all import *
 
-# %% ../nbs/05_train.ipynb #7f40214f
+# %% ../nbs/05_train.ipynb #ffd1c749
 def imagenet_weights(
     arch,              # a torchvision function, e.g. resnet34
     timeout:float=10,  # seconds to wait for the server
@@ -35,7 +37,7 @@ def imagenet_weights(
     before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(timeout)
-        return arch(weights='IMAGENET1K_V1').state_dict()
+        with redirect_stdout(StringIO()): return arch(weights='IMAGENET1K_V1').state_dict() # without the path that torch prints
     except OSError: return None
     finally: socket.setdefaulttimeout(before)
 
