@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,7 +46,8 @@ def files(tmp_path_factory):
 def server(tmp_path_factory):
     "The app in a process of its own: (address, folder that it runs in, what it wrote)"
     if url := os.environ.get('FACELAB_APP_URL'): yield url, None; return
-    port, d = 7871, tmp_path_factory.mktemp('server')
+    d = tmp_path_factory.mktemp('server')
+    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]  # two workers may each need a server
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get('PYTHONPATH', '')]), TMPDIR=str(d))
     with open(d/'log.txt', 'wb') as log:
         p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', f'from facelab.app import facelab_app; facelab_app(port={port})'], cwd=d, env=env, stdout=log, stderr=log)
