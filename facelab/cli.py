@@ -460,7 +460,7 @@ def judged_by(
     except ValueError: lo, hi = np.nan, np.nan
     return dict(pairs=len(p), eer=float(eer(p.score, p.mated)), lo=float(lo), hi=float(hi), threshold=float(threshold_at_fmr(p.score, p.mated, fmr)), fmr=float(fmr))
 
-# %% ../nbs/32_cli.ipynb #69218642
+# %% ../nbs/32_cli.ipynb #8de2b191
 def _say_trained(r, out):
     over = f' ({r["lo"]:.3f} to {r["hi"]:.3f} over people)' if r['lo'] == r['lo'] else ', and too few people for an interval'
     return '\n'.join([f'{r["system"]}, {r["arch"]} from {r["init"]} weights, {times(r["trained_on"], "person", "people")} to learn from, {times(r["judged_by"], "other person", "other people")} to judge by',
@@ -475,8 +475,8 @@ def suited(
 )->tuple:                # (align, size)
     "How faces are cut for a training: aligned ones of 112 pixels where two towers start from weights that know these"
     import torchvision
-    from facelab.train import has_faces
-    knows = system == 'towers' and (init == 'faces' or init == 'auto' and has_faces(getattr(torchvision.models, arch)))
+    from facelab.train import starts_from_faces
+    knows = system == 'towers' and starts_from_faces(getattr(torchvision.models, arch), init)
     return align or ('chip' if knows else 'margin'), size or (112 if knows else 96)
 
 def train_on(

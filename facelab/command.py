@@ -161,7 +161,7 @@ def say(
     try: print(text.encode(coding, 'backslashreplace').decode(coding), flush=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-# %% ../nbs/08b_command.ipynb #2f2c2cb1
+# %% ../nbs/08b_command.ipynb #6b1a0c06
 class _Help(RawDescriptionHelpFormatter):
     def __init__(self, prog): super().__init__(prog, max_help_position=26, width=100)
     def _expand_help(self, action): return self._get_help_string(action)
@@ -191,7 +191,7 @@ def _do(work, name, kw):
     except Exception as e:
         if os.environ.get('FACELAB_TRACEBACK'): raise
         _failed(name, in_one_line(e))
-    said.found['notes'] = notes
+    said.found['notes'] = [*said.found.get('notes', []), *notes]
     if any('left out' in o for o in notes): said.code = 1
     return said
 

@@ -8,7 +8,7 @@ __all__ = ['DETECTOR', 'COLUMNS', 'ARCHS', 'demo_photos', 'NotEnough', 'cut_face
            'draw_scores', 'draw_curves', 'draw_matches', 'write_report', 'with_intervals', 'explain', 'run_systems',
            'save_plots', 'save_models', 'demo', 'facelab_demo']
 
-# %% ../nbs/09_demo.ipynb #ddd303bd
+# %% ../nbs/09_demo.ipynb #67c65a72
 import base64, html, os, time, zlib
 from dataclasses import dataclass
 from functools import partial
@@ -32,8 +32,8 @@ from .metrics import (auc, det_curve, eer, fnmr_at_fmr, fpir, match_ranks, plot_
 from .models.baselines import pixels_encoder
 from .models.dlib_resnet import dlib_encoder, dlib_groups, fold_affine, load_dlib
 from .pairs import faces_of, make_pairs, write_pairs
-from .train import (GENTLE, find_lr, fit_stages, has_faces, pair_dls, pair_image_dls, pair_image_learner, plot_losses, plot_lr_find,
-                           save_model, siamese_learner)
+from .train import (GENTLE, find_lr, fit_stages, pair_dls, pair_image_dls, pair_image_learner, plot_losses, plot_lr_find,
+                           save_model, siamese_learner, starts_from_faces)
 from fastai.vision.all import params, resnet18, resnet34, resnet50, set_seed
 
 # %% ../nbs/09_demo.ipynb #f67563af
@@ -301,7 +301,7 @@ def explain(
     if n_strangers: out.append(with_intervals(table, 'fpir', len(report) - known))
     return out + _caveats(rows)
 
-# %% ../nbs/09_demo.ipynb #50ffba67
+# %% ../nbs/09_demo.ipynb #718b7bba
 def _can_train(faces):
     counts = faces.person.value_counts()
     return len(counts) >= 12 and (counts >= 2).sum() >= 12 and len(faces) >= 60
@@ -323,7 +323,7 @@ def run_systems(
     if strangers:
         check_leak(known, new)
         make, net = dict(size=size, n=n, arch=arch, init=init, seed=seed, epochs=epochs, progress=progress), arch.__name__.replace('resnet', 'ResNet')
-        knows = init == 'faces' or (init == 'auto' and has_faces(arch))
+        knows = starts_from_faces(arch, init)
         cut, towers = (chip, dict(make, size=112)) if knows else (margin, make)
         jobs = {'raw pixels': jobs['raw pixels'],
                 f'{net} pair as one image': (None, margin, lambda: train_pair_image(known, new, out, **make)),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACES_FILE', 'FACES_SHA256', 'GENTLE', 'imagenet_weights', 'read_weights', 'fill', 'faces_file', 'faces_weights',
-           'has_faces', 'make_body', 'pair_image_dls', 'pair_image_learner', 'find_lr', 'plot_lr_find', 'history',
-           'fit_stages', 'similarity_of', 'SiameseNet', 'PairDataset', 'pair_dls', 'siamese_splitter',
-           'siamese_learner', 'plot_losses', 'save_model', 'about_model']
+           'has_faces', 'starts_from_faces', 'make_body', 'pair_image_dls', 'pair_image_learner', 'find_lr',
+           'plot_lr_find', 'history', 'fit_stages', 'similarity_of', 'SiameseNet', 'PairDataset', 'pair_dls',
+           'siamese_splitter', 'siamese_learner', 'plot_losses', 'save_model', 'about_model']
 
 # %% ../nbs/05_train.ipynb #1fb9fb55
 import hashlib, json, os, socket, tempfile, warnings
@@ -63,7 +63,7 @@ def fill(
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/05_train.ipynb #c992ff52
+# %% ../nbs/05_train.ipynb #35d8c8e0
 FACES_FILE, FACES_SHA256 = 'weights/resnet34-faces.safetensors', 'a432f16866863efc2ba1be767d08cd469bab2cd7c33be23aaca90cd5ac4c7d45'
 
 def faces_file(
@@ -91,7 +91,14 @@ def has_faces(
     try: return arch.__name__ == 'resnet34' and bool(shipped(FACES_FILE))
     except FileNotFoundError: return False
 
-# %% ../nbs/05_train.ipynb #63629001
+def starts_from_faces(
+    arch,     # a torchvision function
+    init:str, # see `make_body`
+)->bool:
+    "Will a training start from the weights that know faces?"
+    return init == 'faces' or (init == 'auto' and has_faces(arch))
+
+# %% ../nbs/05_train.ipynb #91aa7879
 def _say(text): print(text, flush=True)
 
 def make_body(
@@ -100,7 +107,7 @@ def make_body(
 ):                    # (body: images -> feature maps, name of the start)
     "The convolutional body of a network, and an honest name for the weights it starts from"
     model, name = arch(weights=None), 'random'
-    if init == 'faces' or (init == 'auto' and has_faces(arch)):
+    if starts_from_faces(arch, init):
         _say(f'{arch.__name__} starts from weights that know faces ({Path(FACES_FILE).name})')
         return fill(create_body(model, pretrained=False), faces_weights(arch), Path(FACES_FILE).name), 'faces'
     if init in ('auto', 'imagenet'):

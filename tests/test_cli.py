@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,16 @@ def test_answers_for_programs_from_every_command(root, monkeypatch, capsys, name
     assert got == code, (out, err)
     if code == 2: assert out == '' and err.count('\n') == 1 and err.startswith(f'facelab-{name}: '), err
     else: told = json.loads(out); assert told['command'] == f'facelab-{name}' and told['code'] == 0 and key in told
+
+
+def test_notes_of_the_answer_stand_beside_those_of_the_way(capsys):
+    @command.command
+    def facelab_note(size):
+        """A command with something to note.
+
+        examples:
+          facelab-note 1"""
+        warnings.warn('by the way')
+        return command.Said('fine', dict(notes=['of the answer']))
+    with warnings.catch_warnings(): facelab_note(1, json=True)
+    assert json.loads(capsys.readouterr().out)['notes'] == ['of the answer', 'by the way']
