@@ -8,7 +8,7 @@ __all__ = ['VIDEO_REASONS', 'KEYS', 'portrait_window', 'portrait', 'Sight', 'loo
            'Frame', 'open_video', 'video_frames', 'NoScreen', 'check_screen', 'Window', 'scripted', 'press',
            'run_session', 'collect', 'facelab_collect']
 
-# %% ../nbs/31_collect.ipynb #d608d582
+# %% ../nbs/31_collect.ipynb #aa053cfc
 import errno, io, json, os, sys, time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +18,14 @@ import pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
-from .command import Said, command, shown
+from .command import Said, command, shown, write_whole
 from .crop import safe_name
 from .datasets import people_folder
 from .detect import Box, detect
 from .gallery import clean_name, today
 from .images import load_image, rgb_array
 from .people import FRAME_COLOURS, name_font
-from .protocols import _dumps, _write
+from .protocols import _dumps
 
 # %% ../nbs/31_collect.ipynb #c323b2b5
 def portrait_window(
@@ -159,7 +159,7 @@ def _room_for(place, person):
     if not os.access(place if place.exists() else place.parent, os.W_OK): raise not_saved(OSError(errno.EACCES, ''))
     return place
 
-# %% ../nbs/31_collect.ipynb #8316701f
+# %% ../nbs/31_collect.ipynb #615ccb66
 @patch
 def _take(self:Collection, image, role):
     if self.finished: return Taken(None, 'this session is finished')
@@ -170,7 +170,7 @@ def _take(self:Collection, image, role):
 def _keep(self:Collection, image, sight, role):
     path = save_next(portrait(image, sight.window, self.size), self.place/role)
     try:
-        if _whose(self.place) is None: _write(_dumps(dict(name=self.person, consent=today())), self.place/'person.json')
+        if _whose(self.place) is None: write_whole(self.place/'person.json', _dumps(dict(name=self.person, consent=today())))
     except OSError as e: path.unlink(missing_ok=True); raise not_saved(e) from None
     return Taken(path, f'{role} {self.counts[role]} saved')
 

@@ -9,7 +9,7 @@ __all__ = ['SMALL', 'BLURRED', 'DARK', 'LONGEST_NAME', 'MUST_NOT', 'NotKept', 'G
            'evidence_pairs', 'measure_system', 'write_calibration', 'measured', 'Meaning', 'threshold_meaning',
            'Compared', 'compare_photos', 'Evaluated', 'evaluate_people', 'measure_latency']
 
-# %% ../nbs/29_desk.ipynb #d8ff5606
+# %% ../nbs/29_desk.ipynb #89c08938
 import errno, json, math, os, sys, threading
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -26,6 +26,7 @@ from scipy.ndimage import laplace
 from .allpairs import _fmr_interval, _up, group_rows, own_scores
 from .baserates import fpir_by_size, fpir_from_fmr
 from .calibration import Calibrator
+from .command import write_whole
 from .crop import cut_face
 from .datasets import lfw, people_folder, shipped
 from .detect import Box, detect
@@ -35,7 +36,7 @@ from .gallery import UNKNOWN, Gallery, check_threshold, clean_name
 from .images import BadImage, _open_file, load_image, load_scaled
 from .intervals import rate_interval
 from .people import draw_names
-from .protocols import Result, _fta, _judged, _write, find_encoder, mistakes, one_photo_each, plot_result, row_similarity, time_encoder
+from .protocols import Result, _fta, _judged, find_encoder, mistakes, one_photo_each, plot_result, row_similarity, time_encoder
 
 # %% ../nbs/29_desk.ipynb #34f49ffc
 _TROUBLE = {errno.ENOSPC: 'the disk is full', errno.EDQUOT: 'your share of the disk is used up', errno.EFBIG: 'the file would be larger than is allowed here',
@@ -404,7 +405,7 @@ def measure_system(
     rates = dict(error_curves(emb, grid).items()) | stranger_curves(emb, grid[::5], sizes)
     return dict(recipe=emb.recipe, weights=weights, measured_on=photos, counts=counts, sizes=sizes, fpir_threshold=_short(grid[::5])) | _short(rates, 3) | dict(calibrator=_short(cal.to_dict(), 5))
 
-# %% ../nbs/29_desk.ipynb #a4118486
+# %% ../nbs/29_desk.ipynb #57e88dd0
 def write_calibration(
     path='data/calibration.json',     # where to
     encoders=('dlib', 'edgeface-xs'), # names
@@ -416,7 +417,7 @@ def write_calibration(
     for name in encoders:
         emb = embed_cached(photos, name, progress=False)
         systems.append(measure_system(emb, weights_digest(name), f'LFW (unofficial copy): {len(photos):,} photos, {most} a person at most' + (f'; no face was found on {len(photos) - len(emb):,}' if len(emb) < len(photos) else '')))
-    _write(json.dumps(dict(command='python -m facelab.desk', systems=systems)).replace('{"recipe"', '\n{"recipe"') + '\n', path)
+    write_whole(path, json.dumps(dict(command='python -m facelab.desk', systems=systems)).replace('{"recipe"', '\n{"recipe"') + '\n')
 
 # %% ../nbs/29_desk.ipynb #316b9c93
 @cache

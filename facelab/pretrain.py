@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loose_affine', 'random_grey', 'random_blur', 'random_cover', 'FaceAugment', 'FaceViews', 'people_balanced',
            'FaceStudent', 'copy_loss', 'relation_loss', 'StudentLoss', 'ViewDL', 'AugmentFaces', 'view_dls', 'Epochs',
-           'save_state', 'load_state', 'KeepLog', 'data_digest', 'FaceTower', 'face_tower', 'first_body', 'pretrain',
+           'save_state', 'load_state', 'KeepLog', 'data_digest', 'FaceTower', 'face_tower', 'first_tower', 'pretrain',
            'student_encoder', 'strangers_eer', 'make_views', 'teach', 'view1_people', 'view1_chips', 'student_views']
 
 # %% ../nbs/10d_pretrain.ipynb #647726e3
@@ -162,7 +162,7 @@ class FaceStudent(nn.Module):
         cosines = None if self.people is None else F.linear(F.normalize(self.drop(e)), F.normalize(self.people))
         return cosines, None if self.project is None else self.project(e), e, self.relate
 
-# %% ../nbs/10d_pretrain.ipynb #07554487
+# %% ../nbs/10d_pretrain.ipynb #0396b170
 def copy_loss(
     said:torch.Tensor, # (n, d) what the student says
     true:torch.Tensor, # (n, d) what the teacher says
@@ -173,29 +173,31 @@ def copy_loss(
 def relation_loss(
     e:torch.Tensor,      # (n, dim) embeddings of the student
     true:torch.Tensor,   # (n, d) vectors of the teacher, centred
-    relate:torch.Tensor, # (2,) scale and shift between the two kinds of cosine
+    relate=(1., 0.),     # scale and shift between the two kinds of cosine
 )->torch.Tensor:
     "Mean squared difference of all cosines between the faces of a batch, after scale and shift"
     own, other = (F.normalize(v) @ F.normalize(v).T for v in (e, true))
     off = ~torch.eye(len(e), dtype=torch.bool, device=e.device)
     return (relate[0]*own + relate[1] - other)[off].square().mean()
 
-# %% ../nbs/10d_pretrain.ipynb #7723d91a
+# %% ../nbs/10d_pretrain.ipynb #934f3e91
 class StudentLoss:
-    "Labels, copy and relation, weighed; faces of nobody in particular have no label"
+    "Labels, copy, relation and answers, weighed; faces of nobody in particular have no label"
     def __init__(self,
         margin:float=.2,     # by how much the right cosine has to win
         scale:float=32.,     # how sharply differences of cosines count
         labels:float=1.,     # weight of the labels
         copy:float=10.,      # weight of the teacher's vectors
-        relation:float=10.,  # weight of the teacher's cosines
-    ): self.margin, self.scale, self.labels, self.copy, self.relation = margin, scale, labels, copy, relation
+        relation:float=10.,  # weight of the teacher's cosines, compared with those of our embedding
+        answers:float=0.,    # weight of the teacher's cosines, compared with those of our answers
+    ): self.margin, self.scale, self.labels, self.copy, self.relation, self.answers = margin, scale, labels, copy, relation, answers
 
     def __call__(self, out, people, targets):
         (cosines, said, e, relate), loss = out, 0.
         known = people >= 0
         if cosines is not None and known.any(): loss = loss + self.labels*F.cross_entropy(cosface_logits(cosines[known], people[known], self.margin, self.scale), people[known])
         if said is not None: loss = loss + self.copy*copy_loss(said, targets) + self.relation*relation_loss(e, targets, relate)
+        if said is not None and self.answers: loss = loss + self.answers*relation_loss(said, targets)
         return loss
 
 # %% ../nbs/10d_pretrain.ipynb #b0bddc32
@@ -269,12 +271,12 @@ def _restore(learn, tensors):
         if k.startswith('opt.'): i, name = k.split('.')[1:]; state[int(i)][name] = v
     for (p, *_), s in zip(learn.opt.all_params(), state): learn.opt.state[p].update(s)
 
-# %% ../nbs/10d_pretrain.ipynb #292120c8
+# %% ../nbs/10d_pretrain.ipynb #0bf91d00
 class KeepLog(Callback):
     "After every epoch: what it cost, what it brought, and a checkpoint"
     order = 80
     def __init__(self, folder, recipe, log, judge=None, stop=None, every=1, progress=False): store_attr()
-    def before_epoch(self): self.start, self.losses = time.perf_counter(), []
+    def before_epoch(self): keep_memory(True); self.start, self.losses = time.perf_counter(), []
     def after_batch(self):
         if self.training: self.losses.append(self.loss.detach())
     def after_epoch(self):
@@ -294,7 +296,7 @@ def data_digest(
     for o in views.pixels: d.update(np.ascontiguousarray(o))
     return d.hexdigest()[:12]
 
-# %% ../nbs/10d_pretrain.ipynb #13fa6be2
+# %% ../nbs/10d_pretrain.ipynb #a07b89df
 class FaceTower(nn.Module):
     "Body and mean over places, and after them a linear map if there is one; without anything that only training needs"
     def __init__(self, body, head=None): super().__init__(); self.body, self.head = body, head
@@ -310,21 +312,25 @@ def face_tower(
     body = make_body(getattr(torchvision.models, arch), 'none')[0]
     return FaceTower(body, nn.Linear(num_features_model(body), out) if out else None)
 
-def first_body(
+def first_tower(
     arch:str, # name of a torchvision network
     init:str, # 'none', 'auto', 'imagenet' (see `make_body`), or a file that `save_encoder` made of a `FaceTower`
-):            # (body: images -> feature maps, name of the start)
-    "The body that a training starts from, and an honest name for it"
-    if str(init) in ('none', 'auto', 'imagenet'): return make_body(getattr(torchvision.models, arch), str(init))
+):            # (`FaceTower`, name of the start)
+    "What a training starts from, a body and perhaps a map, and an honest name for it"
+    if str(init) in ('none', 'auto', 'imagenet'):
+        body, name = make_body(getattr(torchvision.models, arch), str(init))
+        return FaceTower(body), name
     e, own = load_encoder(init), face_tower(arch).state_dict()
     if {k: v.shape for k, v in e.module.state_dict().items() if not k.startswith('head.')} != {k: v.shape for k, v in own.items()}: raise ValueError(f'{Path(init).name} holds no body of {arch}')
-    return e.module.body.cpu(), f'{e.name} {weights_digest(e)}'
+    return e.module.cpu(), f'{e.name} {weights_digest(e)}'
 
-# %% ../nbs/10d_pretrain.ipynb #12548182
+# %% ../nbs/10d_pretrain.ipynb #dd658e3d
 def _student(views, arch, init, loss, drop):
     "The network to be trained, and the name of its start"
-    body, start = first_body(arch, init)
-    return FaceStudent(body, num_features_model(body), int(views.c) if loss.labels and views.c else 0, 0 if views.targets is None else views.targets.shape[1], drop), start
+    tower, start = first_tower(arch, init)
+    student = FaceStudent(tower.body, num_features_model(tower.body), int(views.c) if loss.labels and views.c else 0, 0 if views.targets is None else views.targets.shape[1], drop)
+    if student.project and tower.head and tower.head.weight.shape == student.project.weight.shape: student.project = tower.head
+    return student, start
 
 def _learner(dls, model, loss, wd, bf16, *cbs):
     model.bf16 = bf16_units(dls.device) if bf16 is None else bf16
@@ -347,7 +353,7 @@ def pretrain(
     augment:FaceAugment=None, # None: everything, at 112 pixels
     judge=None,          # function of the model after an epoch: a dict for the log
     every:int=1,         # epochs between two judgements
-    init:str='none',     # see `first_body`
+    init:str='none',     # see `first_tower`
     seed:int=42,         # of everything random
     minutes:float=None,  # stop after the epoch in which these are over; None: never
     bf16:bool=None,      # multiply in bfloat16? None: where `bf16_units` are
@@ -380,15 +386,17 @@ def student_encoder(
     if project and m.project is None: raise ValueError(f'{name} had no teacher, so there is no map to its numbers')
     return Encoder(FaceTower(m.body, m.project if project else None), name, size, m.project.out_features if project else m.dim, align='chip', **kw)
 
-# %% ../nbs/10d_pretrain.ipynb #aaca4827
+# %% ../nbs/10d_pretrain.ipynb #1a373efc
 def strangers_eer(
     pixels,       # uint8 (n, s, s, 3) of people who are not in training
     people,       # (n,) names or numbers
     size:int=112, # side the network takes, pixels
+    project:bool=False, # judge the map's numbers, if there is a map?
 ):                # function of a model, for `judge`
     "A judge: the EER over all pairs of people whom the network does not learn from"
     def judge(model):
-        e = Encoder(FaceTower(deepcopy(model.body)), 'now', size, model.dim, align='chip')
+        head = deepcopy(model.project) if project else None
+        e = Encoder(FaceTower(deepcopy(model.body), head), 'now', size, head.out_features if head else model.dim, align='chip')
         pairs = score_pairs(similarity(*[e.encode(list(pixels))]*2, 'cosine'), people)
         return dict(eer=eer(pairs.score, pairs.mated))
     return judge

@@ -10,7 +10,7 @@ __all__ = ['PAIR_COLUMNS', 'PROTOCOLS', 'RESULT_COLUMNS', 'Protocol', 'person_of
            'find_encoder', 'time_encoder', 'find_protocol', 'evaluate', 'mistakes', 'show_mistakes', 'open_set_points',
            'plot_result', 'result_row', 'read_results', 'add_result', 'describe', 'facelab_evaluate']
 
-# %% ../nbs/20_protocols.ipynb #3547ab0c
+# %% ../nbs/20_protocols.ipynb #acc08acc
 import json, os, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from .command import Said, command
+from .command import Said, can_write, command, write_whole
 from .datasets import att_faces, data_root, lfw, lfw_pairs, people_folder
 from .embed import METRICS, check_metric, encoders, get_encoder, load_encoder, similarity
 from .folder import embed_cached
@@ -544,7 +544,7 @@ def plot_result(
     fig.suptitle(f'{result.encoder} on {result.protocol.name}')
     return fig
 
-# %% ../nbs/20_protocols.ipynb #832d24e7
+# %% ../nbs/20_protocols.ipynb #955a7c82
 RESULT_COLUMNS = ['system', 'protocol', 'init', 'n', 'accuracy', 'lo', 'hi', 'eer', 'rank1', 'fpir', 'fta', 'ms_per_face', 'command']
 
 def result_row(
@@ -576,15 +576,10 @@ def add_result(
     t = read_results(path)
     rows = t[~((t.system == row['system']) & (t.protocol == row['protocol']))].to_dict('records') + [row]
     t = pd.DataFrame(rows, columns=RESULT_COLUMNS).sort_values(['protocol', 'accuracy', 'system'], ascending=[True, False, True], ignore_index=True)
-    _write(t.to_csv(index=False, lineterminator='\n'), path)
+    write_whole(path, t.to_csv(index=False, lineterminator='\n'))
     return t
 
-def _write(text, path):
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); temp = path.with_name(f'.{os.getpid()}-{path.name}')
-    try: temp.write_text(text, encoding='utf-8'); os.replace(temp, path)
-    finally: temp.unlink(missing_ok=True)
-
-# %% ../nbs/20_protocols.ipynb #869f907e
+# %% ../nbs/20_protocols.ipynb #09d22887
 def describe(
     result:Result, # from `evaluate`
 )->str:
@@ -605,11 +600,12 @@ def facelab_evaluate(encoder='dlib', protocol='att-one-photo', detector='adaptiv
       facelab-evaluate                                           # dlib's encoder on the AT&T faces
       facelab-evaluate --encoder mine.safetensors --protocol pairs.csv --figures out
       facelab-evaluate --protocol lfw-view2 --json result.json"""
+    if csv: can_write(csv)
+    if figures: can_write(figures, folder=True)
     result = evaluate(encoder, protocol, detector, upsample, threshold, progress=progress)
     extra = ''.join(f' --{k} {v}' for k, v, usual in (('detector', detector, 'adaptive'), ('upsample', upsample, 1), ('threshold', threshold, None)) if v != usual)
     if csv: add_result(csv, result_row(result, f'facelab-evaluate --encoder {encoder} --protocol {protocol}{extra}', trained_on))
     for name, fig in dict(curves=plot_result, mistakes=show_mistakes).items() if figures and result.protocol.task != 'blufr' else ():
-        Path(figures).mkdir(parents=True, exist_ok=True)
         if f := fig(result): f.savefig(Path(figures)/f'{name}.png', dpi=110, bbox_inches='tight')
     return Said(describe(result), result.json())
 

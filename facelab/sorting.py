@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUP_THRESHOLDS', 'group_faces', 'bcubed_faces', 'BCubed', 'bcubed', 'sweep_groups', 'best_setting',
-           'plot_group_sweep', 'group_threshold', 'read_names', 'write_private', 'write_names', 'Remembered',
-           'join_groups', 'keep_numbers', 'sort_faces', 'same_files', 'photo_rows', 'thumbnails_of', 'report_page',
-           'copy_photos', 'Sorted', 'sort_folder', 'facelab_sort']
+           'plot_group_sweep', 'group_threshold', 'read_names', 'write_names', 'Remembered', 'join_groups',
+           'keep_numbers', 'sort_faces', 'same_files', 'photo_rows', 'thumbnails_of', 'report_page', 'copy_photos',
+           'Sorted', 'sort_folder', 'facelab_sort']
 
-# %% ../nbs/28b_sorting.ipynb #5a34a738
-import base64, csv, html, io, json, os, re, shutil, tempfile
+# %% ../nbs/28b_sorting.ipynb #cb98b36e
+import base64, csv, html, io, json, os, re, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import t as student
 from sklearn.cluster import HDBSCAN, AgglomerativeClustering
 
-from .command import Said, command, shown
+from .command import Said, command, shown, write_whole
 from .crop import crop_face, safe_name
 from .datasets import _digest, photos_in
 from .detect import Box
@@ -194,25 +194,13 @@ def read_names(
         if name and out.setdefault(number, name) != name: raise ValueError(f'names.csv, line {line}: group {number} has two names, {out[number]!r} and {name!r}')
     return out
 
-# %% ../nbs/28b_sorting.ipynb #1c23f77e
-def write_private(
-    text:str,
-    path, # where to
-):
-    "A text file that only its owner can read, whole or not at all"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
-    try:
-        with os.fdopen(fd, 'w', encoding='utf-8', newline='') as f: f.write(text)
-        os.replace(temporary, path)
-    except BaseException: os.unlink(temporary); raise
-
+# %% ../nbs/28b_sorting.ipynb #24d2c42a
 def write_names(
     table:pd.DataFrame, # group, faces, photos, name
     path,               # names.csv
 ):
     "The table of names, for a spreadsheet"
-    write_private('\ufeff' + table[['group', 'faces', 'photos', 'name']].to_csv(index=False, lineterminator='\r\n'), path)
+    write_whole(path, '\ufeff' + table[['group', 'faces', 'photos', 'name']].to_csv(index=False, lineterminator='\r\n'), 0o600)
 
 # %% ../nbs/28b_sorting.ipynb #a59a424d
 @dataclass(eq=False)
@@ -409,7 +397,7 @@ def report_page(
 <details><summary>All {len(photos)} photos</summary>{_rows(photos)}</details></main></body></html>
 """
 
-# %% ../nbs/28b_sorting.ipynb #90e5f4d5
+# %% ../nbs/28b_sorting.ipynb #c95d6b75
 _LIST = '.facelab-copies.json'
 
 def _seen(path):
@@ -443,7 +431,7 @@ def copy_photos(
 )->pd.DataFrame:         # the rows, with `copies`: where they are, in `to`
     "Copy each photo into a folder for each person on it; what earlier runs have put elsewhere is taken away"
     to, kept, out = Path(to), _kept_list(Path(to)), {}
-    write_private(_dumps(kept), to/_LIST)
+    write_whole(to/_LIST, _dumps(kept), 0o600)
     for r in photos.itertuples():
         rel = Path(r.photo); name = safe_name(rel.with_suffix('').as_posix()) + rel.suffix
         for person in r.people or ([f'({r.status})'] if r.status == 'no face' else []):
@@ -456,7 +444,7 @@ def copy_photos(
         if where not in out and (to/where).is_symlink() | (to/where).is_file() and _seen(to/where) == seen:
             (to/where).unlink()
             if not any((to/where).parent.iterdir()): (to/where).parent.rmdir()
-    write_private(_dumps({k: v for k, (_, v) in out.items()}), to/_LIST)
+    write_whole(to/_LIST, _dumps({k: v for k, (_, v) in out.items()}), 0o600)
     return photos.assign(copies=[[k for k, (i, _) in out.items() if i == row] for row in photos.index])
 
 # %% ../nbs/28b_sorting.ipynb #763f3338
@@ -504,7 +492,7 @@ def _notes(faces, photos, memory, names, gone=10):
     out += [f'{r.person} is twice on {rel[r.path]}: one of the two is somebody else, or a picture of a picture' for r in twice[:gone].itertuples()]
     return out + ([f'and {len(twice) - gone} more people are twice on a photo'] if len(twice) > gone else [])
 
-# %% ../nbs/28b_sorting.ipynb #fd56ee91
+# %% ../nbs/28b_sorting.ipynb #73ebb675
 def _stamp(path): return (s.st_size, s.st_mtime_ns) if path.exists() and (s := path.stat()) else None
 
 @contextmanager
@@ -531,8 +519,8 @@ def _finish(s, memory, title, stamp):
     if _stamp(s.out/'names.csv') == stamp: write_names(s.names, s.out/'names.csv')
     else: s.notes.append('names.csv was changed while this ran and was left as it is; run again')
     lists = {o: s.photos[o].map('; '.join) for o in ('people', 'copies') if o in s.photos}
-    write_private(s.photos.assign(**lists).drop(columns='path').to_csv(index=False), s.out/'photos.csv')
-    write_private(report_page(s.faces, s.photos, s.notes, s.threshold, title), s.out/'report.html')
+    write_whole(s.out/'photos.csv', s.photos.assign(**lists).drop(columns='path').to_csv(index=False), 0o600)
+    write_whole(s.out/'report.html', report_page(s.faces, s.photos, s.notes, s.threshold, title), 0o600)
     return s
 
 def sort_folder(
@@ -550,6 +538,7 @@ def sort_folder(
 )->Sorted:
     "Sort a folder of photos by people: known ones, those named in names.csv, and groups that wait for a name"
     dir, out, table = _places(dir, people, out, copy_to); e = find_encoder(encoder)
+    if threshold is not None: check_threshold(threshold)
     with _alone(out):
         names, stamp = read_names(out/'names.csv'), _stamp(out/'names.csv')
         gallery, notes = _known_people(people, e, detector, upsample, progress)

@@ -63,8 +63,8 @@ def fill(
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/05_train.ipynb #35d8c8e0
-FACES_FILE, FACES_SHA256 = 'weights/resnet34-faces.safetensors', 'a432f16866863efc2ba1be767d08cd469bab2cd7c33be23aaca90cd5ac4c7d45'
+# %% ../nbs/05_train.ipynb #72de6608
+FACES_FILE, FACES_SHA256 = 'weights/resnet34-faces.safetensors', '5730c1647a9d454d0200a66834e8235725b75eb230bc925f6034ab0498e4b959'
 
 def faces_file(
     file=None,               # None: the file that travels with facelab

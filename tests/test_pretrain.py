@@ -33,6 +33,9 @@ def test_relation_against_a_double_loop():
     loop = [(r[0]*cos(e[i], e[j]) + r[1] - cos(t[i], t[j])).item()**2 for i in range(5) for j in range(5) if i != j]
     assert relation_loss(e, t, r).item() == pytest.approx(np.mean(loop), rel=1e-4)
     assert copy_loss(t, t).item() == pytest.approx(0, abs=1e-6)
+    loss = StudentLoss(labels=0, copy=0, relation=0, answers=3)
+    said = torch.randn(5, 3)
+    assert loss((None, said, e, r), torch.full((5,), -1), t).item() == pytest.approx(3*np.mean([(cos(said[i], said[j]) - cos(t[i], t[j]))**2 for i in range(5) for j in range(5) if i != j]), rel=1e-4)
 
 
 def test_labels_of_nobody_teach_nothing(faces):

@@ -11,7 +11,7 @@ from fastai.vision.all import resnet18, resnet34
 
 import facelab.train as train
 from facelab.embed import Encoder, get_encoder, load_encoder
-from facelab.models.resnet34_faces import TEACHERS, halved, numbered, resnet34_faces, save_faces, taught_views, train_by, train_faces
+from facelab.models.resnet34_faces import TEACHERS, Course, first_views, halved, numbered, resnet34_faces, save_faces, taught_views, train_by, train_faces
 from facelab.pretrain import FaceViews, face_tower
 from facelab.train import FACES_FILE, faces_file, faces_weights, has_faces, make_body
 
@@ -59,12 +59,32 @@ def test_an_interrupted_run_makes_up_for_it(faces, tmp_path):
     pixels, rows = faces
     kw = dict(pixels=pixels, rows=rows, teacher=Loud(), per_face=1, held=.2)
     views, _ = taught_views(folder=tmp_path/'views', **kw)
-    make = dict(epochs=(1, 1), sizes=(32, 32), arch='resnet18', total=16, bs=8)
+    make = dict(courses=(Course(32, 1, 1e-3), Course(32, 1, 1e-3, 'answers', keep_map=True)), arch='resnet18', total=16, bs=8)
     whole = train_faces(views, tmp_path/'a', **make)
     half = train_faces(views, tmp_path/'b', minutes=0, **make)
     assert len(half.log) <= 2
     rest = train_faces(views, tmp_path/'b', **make)
     assert rest.log.loss.tolist() == pytest.approx(whole.log.loss.tolist(), rel=1e-5)
+
+
+def test_a_course_begins_with_the_map_of_the_one_before_or_with_a_new_one(faces, tmp_path):
+    pixels, rows = faces
+    views, _ = taught_views(pixels, rows, tmp_path/'views', Loud(), 1, .2)
+    still = lambda keep, **kw: train_faces(views, tmp_path/str((keep, *kw)), (Course(32, 1, 1e-3), Course(32, 1, 1e-12, keep_map=keep)), arch='resnet18', total=16, bs=8, **kw)
+    for keep in (True, False):
+        learn, dims = still(keep), [load_encoder(tmp_path/str((keep,))/f'{o}.safetensors') for o in ('first', 'second')]
+        assert [e.dim for e in dims] == [3 if keep else 512, 512]
+        if keep: assert torch.allclose(learn.model.project.weight, dims[0].module.head.weight, atol=1e-6)
+    assert still(True, how='labels').model.project is None
+
+
+def test_the_first_course_sees_the_first_views_only(faces, tmp_path):
+    pixels, rows = faces
+    views, _ = taught_views(pixels, rows, tmp_path, Loud(), 4, .2)
+    few, _ = taught_views(pixels, rows, tmp_path, Loud(), 2, .2)
+    half = first_views(views, .5)
+    assert np.array_equal(half.pixels, few.pixels) and torch.equal(half.people, few.people)
+    assert len(first_views(FaceViews(views.pixels, views.people), .25)) == len(views)//4
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(faces, tmp_path):

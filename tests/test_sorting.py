@@ -15,7 +15,7 @@ from facelab.detect import Box
 from facelab.embed import Embeddings, similarity
 from facelab.gallery import Gallery, RecipeMismatch
 from facelab.sorting import (Remembered, bcubed, bcubed_faces, best_setting, copy_photos, facelab_sort, group_faces, group_threshold, join_groups, keep_numbers, photo_rows, read_names, report_page,
-                             same_files, sort_faces, sort_folder, sweep_groups, thumbnails_of, write_names, write_private)
+                             same_files, sort_faces, sort_folder, sweep_groups, thumbnails_of, write_names)
 
 RECIPE = dict(detector='hog', upsample=1, align='chip', size=150, encoder='toy', metric='euclidean')
 att = att_split()[1]
@@ -166,13 +166,6 @@ def test_names_come_back(tmp_path, name, mark):
     t = pd.DataFrame(dict(group=[3, 4], faces=[2, 1], photos=[2, 1], name=[name, ''])); write_names(t, tmp_path/'n.csv')
     assert read_names(tmp_path/'n.csv') == {3: name} and (tmp_path/'n.csv').read_bytes()[:3] == b'\xef\xbb\xbf'
     t.to_csv(tmp_path/'o.csv', sep=mark, index=False); assert read_names(tmp_path/'o.csv') == {3: name}
-
-
-def test_private(tmp_path):
-    write_private('x', tmp_path/'a'/'b.txt'); assert (tmp_path/'a'/'b.txt').stat().st_mode & 0o77 == 0 and len(list((tmp_path/'a').iterdir())) == 1
-    (tmp_path/'d').mkdir()
-    with pytest.raises(OSError): write_private('x', tmp_path/'d')
-    assert [o.name for o in tmp_path.iterdir() if o.name.endswith('.tmp')] == []
 
 
 # ---- real photos
