@@ -224,3 +224,12 @@ def test_command_line(tmp_path):
     if not script.exists(): pytest.skip('facelab is not installed with its commands')
     r = subprocess.run([script, '--protocol', 'nowhere'], capture_output=True, text=True)
     assert r.returncode == 2 and 'no protocol, file or folder' in r.stderr and 'Traceback' not in r.stderr
+
+
+@pytest.mark.parametrize('where', ['csv', 'figures'])
+def test_a_place_that_cannot_be_written_is_said_before_the_measuring(where, tmp_path, monkeypatch, capsys):
+    import facelab.protocols as protocols
+    monkeypatch.setattr(protocols, 'evaluate', lambda *a, **k: pytest.fail('measured first'))
+    (tmp_path/'csv').mkdir(); (tmp_path/'figures').write_text('x')
+    with pytest.raises(SystemExit) as end: protocols.facelab_evaluate(**{where: str(tmp_path/where)})
+    assert end.value.code == 2 and 'give the name of a' in capsys.readouterr().err
