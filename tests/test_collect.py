@@ -148,7 +148,7 @@ def test_automatic_stops_when_the_disk_is_full(tmp_path, ben):
 
 def test_no_photo_without_its_person(tmp_path, ben):
     c = Collection(tmp_path, 'Ann', consent=True)
-    with mock.patch('facelab.collect._write', side_effect=OSError(errno.ENOSPC, '')), pytest.raises(NotSaved): c.anchor(ben)
+    with mock.patch('facelab.collect.write_whole', side_effect=OSError(errno.ENOSPC, '')), pytest.raises(NotSaved): c.anchor(ben)
     assert c.counts['anchor'] == 0
 
 
